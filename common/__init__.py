@@ -1,0 +1,1 @@
+"""What every PecSched process shares. Starts nothing; never imports torch."""

@@ -1,0 +1,95 @@
+"""Who is there and what they hold: heartbeats. A lease in the store says the same to those who only read."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from common.messages.base import Message, Record
+from common.units import Attempt, Bytes, CoordinatorId, RequestId, RouterId, Seconds, Tokens, WorkerId
+
+WorkerRole = Literal["prefill", "decode"]
+
+
+class StepCost(Record, frozen=True, kw_only=True):
+    """Time of a forward pass over n new tokens with p tokens before them:
+    `pass_s + token_s * n + pair_s * n * (p + n / 2)` seconds. Measured by the worker at start."""
+
+    pass_s: Seconds
+    token_s: Seconds
+    pair_s: Seconds
+
+
+class WorkerProfile(Record, frozen=True, kw_only=True):
+    """What a worker is. Constant over one incarnation."""
+
+    worker_id: WorkerId
+    role: WorkerRole
+    incarnation: str
+    """New at every start of the process."""
+    node: str
+    """Workers of one node share fast links."""
+    replica: str
+    """Workers of one replica hold shards of one copy of the weights (tensor parallelism)."""
+    tp_rank: int = 0
+    tp_size: int = 1
+    model_id: str
+    model_fingerprint: str
+    """Hash of configuration, dtype and weights' sizes: KV moves only between equal ones."""
+    layers: int
+    kv_bytes_per_token: Bytes
+    kv_capacity_tokens: Tokens
+    context_tokens: Tokens
+    rows_max: int = 1
+    """Decode worker: sequences in one batch."""
+    data_address: str
+    """host:port of its data plane."""
+    step_cost: StepCost
+
+
+HoldingPhase = Literal["queued", "prefill", "handoff", "expected", "decode"]
+
+
+class Holding(Record, frozen=True, kw_only=True):
+    """A request that a worker has in hand."""
+
+    request_id: RequestId
+    attempt: Attempt
+    phase: HoldingPhase
+    kv_tokens: Tokens
+    """KV reserved for it on this worker."""
+
+
+class WorkerHeartbeat(Message, frozen=True, kw_only=True):
+    """Worker → scheduler, about once a second, at start, and after the bus came back: who I am and
+    all that I hold. The scheduler mends its view from it, so that a lost message costs seconds, not a hang."""
+
+    profile: WorkerProfile
+    holdings: tuple[Holding, ...] = ()
+
+
+class WorkerLeft(Message, frozen=True, kw_only=True):
+    """Worker → scheduler: stops by its own will; whatever it held is gone."""
+
+    worker_id: WorkerId
+    incarnation: str
+
+
+class RouterHeartbeat(Message, frozen=True, kw_only=True):
+    """Router → scheduler: the requests it still waits for, by id and attempt."""
+
+    router_id: RouterId
+    waiting: tuple[tuple[RequestId, Attempt], ...] = ()
+
+
+class RouterLeft(Message, frozen=True, kw_only=True):
+    """Router → scheduler: stops by its own will; its requests are to be cancelled."""
+
+    router_id: RouterId
+
+
+class CoordinatorHeartbeat(Message, frozen=True, kw_only=True):
+    """Coordinator → scheduler: the long requests whose groups it drives, by id and attempt."""
+
+    coordinator_id: CoordinatorId
+    incarnation: str
+    driving: tuple[tuple[RequestId, Attempt], ...] = ()

@@ -1,0 +1,55 @@
+"""Between scheduler and decode workers."""
+
+from __future__ import annotations
+
+from common.messages.base import Message
+from common.messages.requests import FinishReason, RequestSpec
+from common.units import Attempt, RequestId, Seconds, Tokens, WorkerId
+
+
+class ExpectKv(Message, frozen=True, kw_only=True):
+    """Scheduler → decode worker: reserve KV for this request; its prefill will send it here. The
+    reservation lapses if no KV arrives within the worker's lease time of the sender's last sign of life."""
+
+    worker_id: WorkerId
+    spec: RequestSpec
+    prefill_worker_id: WorkerId
+
+
+class DecodeStarted(Message, frozen=True, kw_only=True):
+    """Decode worker → scheduler: the whole KV is here and verified (length, layers, checksum), and the
+    request is in the batch."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+    first_layer_received_s: Seconds
+    """Host's monotonic clock."""
+    last_layer_received_s: Seconds
+
+
+class DecodeFinished(Message, frozen=True, kw_only=True):
+    """Decode worker → scheduler: the last token is out (already sent to the router); `KvReleased` follows."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+    finish_reason: FinishReason
+    generated: Tokens
+
+
+class DecodeBusy(Message, frozen=True, kw_only=True):
+    """Decode worker → scheduler: no room for this request; nothing is held for it. Name another worker or wait."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+
+
+class DecodeFailed(Message, frozen=True, kw_only=True):
+    """Decode worker → scheduler: this attempt ended here (KV lost, corrupt or late); its KV here is freed."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+    reason: str

@@ -1,0 +1,71 @@
+"""Between scheduler and prefill workers, about short requests. Long ones: `sp.py`."""
+
+from __future__ import annotations
+
+from common.messages.base import Message
+from common.messages.requests import FinishReason, RequestSpec
+from common.units import Attempt, RequestId, Seconds, Tokens, WorkerId
+
+
+class RunPrefill(Message, frozen=True, kw_only=True):
+    """Scheduler → prefill worker: append this short prefill to the local queue, and stream its KV to
+    the decode worker named here, layer by layer, while the next layer computes."""
+
+    worker_id: WorkerId
+    spec: RequestSpec
+    decode_worker_id: WorkerId
+    decode_address: str
+
+
+class DropRequest(Message, frozen=True, kw_only=True):
+    """Scheduler → any worker: stop this attempt (or any older one) wherever it stands and free its KV.
+    Answered by `KvReleased`, also when nothing is held."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+
+
+class PrefillStarted(Message, frozen=True, kw_only=True):
+    """Prefill worker → scheduler: the pass with this short's first tokens has begun; its queueing delay ends."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+    waited_s: Seconds
+    """From receipt by the worker to the start."""
+
+
+class PrefillFinished(Message, frozen=True, kw_only=True):
+    """Prefill worker → scheduler: the first token is out (already sent to the router)."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+    compute_s: Seconds
+    last_layer_computed_s: Seconds
+    """Host's monotonic clock when the last layer's KV was computed; compare with
+    `DecodeStarted.first_layer_received_s` on the same host."""
+    finish_reason: FinishReason | None = None
+    """Set when the first token was also the last: there is no handoff."""
+
+
+class PrefillFailed(Message, frozen=True, kw_only=True):
+    """Prefill worker → scheduler: this attempt ended here without its tokens; its KV here is freed.
+    `retryable` is False only if the request itself is at fault."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+    reason: str
+    retryable: bool = True
+
+
+class KvReleased(Message, frozen=True, kw_only=True):
+    """Any worker → scheduler: nothing of this request is held here any more (handed over, finished or dropped)."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+    kv_tokens: Tokens = 0
+    """What was freed."""

@@ -1,0 +1,210 @@
+"""Long requests: scheduler ↔ SP coordinator ↔ prefill workers.
+
+A long request is served by a *group* of prefill workers, its ranks, each holding a segment of the
+prompt. (Issue A: a group has one rank and one segment; the messages already speak of many.)
+"""
+
+from __future__ import annotations
+
+from common.messages.base import Message, Record
+from common.messages.requests import FinishReason, RequestSpec
+from common.units import Attempt, RequestId, Seconds, Tokens, WorkerId
+
+# --- scheduler → coordinator ---------------------------------------------------------------------
+
+
+class FormGroup(Message, frozen=True, kw_only=True):
+    """Form a group of these workers for this long request and start its prefill."""
+
+    spec: RequestSpec
+    members: tuple[WorkerId, ...]
+    """In rank order."""
+
+
+class PauseGroup(Message, frozen=True, kw_only=True):
+    """Stop the prefill at a step agreed by all ranks, keep its KV and its place."""
+
+    request_id: RequestId
+    attempt: Attempt
+
+
+class ResumeGroup(Message, frozen=True, kw_only=True):
+    """Continue the prefill at the very step where it stopped."""
+
+    request_id: RequestId
+    attempt: Attempt
+
+
+class DissolveGroup(Message, frozen=True, kw_only=True):
+    """Drop the request wherever it stands and free its KV on every rank."""
+
+    request_id: RequestId
+    attempt: Attempt
+
+
+# --- coordinator → scheduler ---------------------------------------------------------------------
+
+
+class GroupFormed(Message, frozen=True, kw_only=True):
+    """Every rank holds its segment and has room for its KV."""
+
+    request_id: RequestId
+    attempt: Attempt
+
+
+class GroupPaused(Message, frozen=True, kw_only=True):
+    """All ranks stand at `step`; the members are free for shorts."""
+
+    request_id: RequestId
+    attempt: Attempt
+    step: int
+    prefilled_tokens: Tokens
+    pause_latency_s: Seconds
+    """Worst over the ranks: order received by the worker → its long stopped."""
+
+
+class GroupResumed(Message, frozen=True, kw_only=True):
+    """All ranks run again."""
+
+    request_id: RequestId
+    attempt: Attempt
+
+
+class GroupPrefillFinished(Message, frozen=True, kw_only=True):
+    """The first token is out; the group decodes from here on where its KV lies. A pause asked for
+    meanwhile is void."""
+
+    request_id: RequestId
+    attempt: Attempt
+    compute_s: Seconds
+    finish_reason: FinishReason | None = None
+    """Set when the first token was also the last."""
+
+
+class GroupFinished(Message, frozen=True, kw_only=True):
+    """The last token is out and every rank has freed its KV."""
+
+    request_id: RequestId
+    attempt: Attempt
+    finish_reason: FinishReason
+    generated: Tokens
+
+
+class GroupFailed(Message, frozen=True, kw_only=True):
+    """The group ended without finishing: dissolved as asked, or a rank was lost, failed or stayed
+    silent beyond its bound. The other ranks have been told to drop it."""
+
+    request_id: RequestId
+    attempt: Attempt
+    reason: str
+    retryable: bool = True
+
+
+# --- coordinator → prefill worker ----------------------------------------------------------------
+
+
+class SegmentPart(Record, frozen=True, kw_only=True):
+    """A contiguous range [start, start + tokens) of the prompt."""
+
+    start: Tokens
+    tokens: Tokens
+
+
+class LoadSegment(Message, frozen=True, kw_only=True):
+    """Reserve KV for this rank's share and fetch the prompt. Answered by `SegmentLoaded` or `SegmentFailed`.
+    The prefill starts with the first `RunSegment`."""
+
+    worker_id: WorkerId
+    spec: RequestSpec
+    rank: int
+    members: tuple[WorkerId, ...]
+    parts: tuple[SegmentPart, ...]
+
+
+class RunSegment(Message, frozen=True, kw_only=True):
+    """Start, or resume at the step where it stopped. Answered by `SegmentRunning`; no step is run twice."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+
+
+class PauseSegment(Message, frozen=True, kw_only=True):
+    """Begin no step after the agreed one. Answered by `SegmentPaused`, or by `SegmentPrefilled` if the
+    prefill ended first. Idempotent."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+
+
+class DropSegment(Message, frozen=True, kw_only=True):
+    """Stop at once, free everything. Answered by `SegmentDropped`, also when nothing is held."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+
+
+# --- prefill worker → coordinator ----------------------------------------------------------------
+
+
+class SegmentLoaded(Message, frozen=True, kw_only=True):
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+
+
+class SegmentRunning(Message, frozen=True, kw_only=True):
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+
+
+class SegmentPaused(Message, frozen=True, kw_only=True):
+    """Stopped with `step` steps done in all (a step is one layer of one chunk)."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+    step: int
+    prefilled_tokens: Tokens
+    pause_latency_s: Seconds
+    """From the receipt of the order to the end of the step that was running (0 if none was)."""
+
+
+class SegmentPrefilled(Message, frozen=True, kw_only=True):
+    """This rank's share is done; on the rank that samples, the first token is out. Decode begins."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+    steps: int
+    compute_s: Seconds
+    finish_reason: FinishReason | None = None
+
+
+class SegmentFinished(Message, frozen=True, kw_only=True):
+    """The last token is out and the KV is freed."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+    finish_reason: FinishReason
+    generated: Tokens
+
+
+class SegmentFailed(Message, frozen=True, kw_only=True):
+    """This rank cannot go on; its KV is freed."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+    reason: str
+    retryable: bool = True
+
+
+class SegmentDropped(Message, frozen=True, kw_only=True):
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt

@@ -1,0 +1,116 @@
+"""Settings of every role: frozen, validated, and each field both a flag and an environment variable.
+
+`nats_url` is `--nats-url` and `PECSCHED_NATS_URL`; the flag wins. `load` is the only reader of the
+environment and of argv; everything else takes a settings object.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from common.messages.base import Record
+
+PolicyName = Literal["pecsched", "fifo"]
+EngineName = Literal["torch", "timed"]
+DtypeName = Literal["auto", "bfloat16", "float32"]
+
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Count = Annotated[int, Meta(ge=1, le=100_000)]
+Duration = Annotated[float, Meta(gt=0.0, le=86_400.0)]
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+
+
+class CommonSettings(Record, frozen=True, kw_only=True):
+    """What every role needs."""
+
+    nats_url: Annotated[str, Meta(description="NATS server")] = "nats://127.0.0.1:4222"
+    redis_url: Annotated[str, Meta(description="Redis server")] = "redis://127.0.0.1:6379/0"
+    node: Annotated[str, Meta(description="name of this machine in placement decisions")] = "node-0"
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="least severe log line")] = (
+        "info"
+    )
+    log_json: Annotated[bool, Meta(description="log lines as JSON")] = True
+    heartbeat_s: Annotated[Duration, Meta(description="seconds between two signs of life")] = 1.0
+    lease_s: Annotated[Duration, Meta(description="seconds without a sign of life until a process counts as lost")] = (
+        4.0
+    )
+    journal: Annotated[str, Meta(description="file to record the core's events and commands in; empty: none")] = ""
+
+
+class ModelSettings(CommonSettings, frozen=True, kw_only=True):
+    """What a role that knows the model needs."""
+
+    model: Annotated[str, Meta(description="folder or hub id of a causal LM; 'embedded': SmolLM2-135M-Instruct")] = (
+        "embedded"
+    )
+    cache_dir: Annotated[str, Meta(description="where the converted model is kept; empty: ~/.cache/pecsched")] = ""
+
+
+class RouterSettings(ModelSettings, frozen=True, kw_only=True):
+    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[Port, Meta(description="HTTP port; 0: any free one")] = 8000
+    served_model_name: Annotated[str, Meta(description="name in the API; empty: the model's own")] = ""
+    api_key: Annotated[str, Meta(description="bearer token that clients must send; empty: none asked")] = ""
+    body_bytes_max: Annotated[Count, Meta(description="largest HTTP body or NATS payload in bytes")] = 100_000
+    requests_max: Annotated[Count, Meta(description="requests in hand at once; more get 429")] = 2_000
+    submit_patience_s: Annotated[Duration, Meta(description="how long to seek a scheduler before 503")] = 8.0
+    stall_s: Annotated[Duration, Meta(description="longest silence on a request before it is given up")] = 600.0
+    inline_tokens_max: Annotated[Count, Meta(description="longer prompts travel by reference")] = 4_096
+    default_max_tokens: Annotated[Count, Meta(description="max_tokens where the client names none")] = 256
+
+
+class SchedulerSettings(CommonSettings, frozen=True, kw_only=True):
+    policy: Annotated[PolicyName, Meta(description="scheduling policy")] = "pecsched"
+    threshold_tokens: Annotated[Count, Meta(description="prompts above this are long")] = 2_048
+    queue_max: Annotated[Count, Meta(description="requests waiting for a worker; more are refused with 429")] = 10_000
+    attempts_max: Annotated[Count, Meta(description="how often a request is served again after a loss")] = 4
+    no_worker_s: Annotated[Duration, Meta(description="how long a request waits for a role that has no worker")] = 8.0
+    pause_max_s: Annotated[Duration, Meta(description="longest single pause of a long prefill")] = 2.0
+    pause_share_max: Annotated[Share, Meta(description="largest share of its time that a long prefill yields")] = 0.5
+    pause_immunity_s: Annotated[Duration, Meta(description="after a pause, how long a prefill runs undisturbed")] = 0.1
+    pause_progress_max: Annotated[Share, Meta(description="a prefill further than this is not paused")] = 0.95
+    wait_instead_of_pause_s: Annotated[
+        Duration, Meta(description="a short waits this long for a free replica rather than pause a long")
+    ] = 0.05
+    colocated_tokens_max: Annotated[Count, Meta(description="short tokens that share a step with a long's decode")] = (
+        192
+    )
+    batch_tokens_max: Annotated[Count, Meta(description="tokens of shorts in hand at one replica")] = 1_024
+
+
+class CoordinatorSettings(CommonSettings, frozen=True, kw_only=True):
+    answer_s: Annotated[Duration, Meta(description="longest silence of a rank after an order")] = 5.0
+
+
+class WorkerSettings(ModelSettings, frozen=True, kw_only=True):
+    """Common to prefill and decode workers."""
+
+    worker_id: Annotated[str, Meta(description="name of this worker; empty: made from role, host and pid")] = ""
+    replica: Annotated[str, Meta(description="copy of the weights this worker holds a shard of; empty: its own")] = ""
+    engine: Annotated[EngineName, Meta(description="'torch', or 'timed': answers at a cost model's speed")] = "torch"
+    dtype: Annotated[DtypeName, Meta(description="'auto': bfloat16 where the machine is fast at it")] = "auto"
+    device: Annotated[str, Meta(description="'auto', 'cpu', 'cuda', 'cuda:1' …")] = "auto"
+    threads: Annotated[Count, Meta(description="compute threads (CPU)")] = 1
+    kv_capacity_tokens: Annotated[Count, Meta(description="tokens of KV this worker holds at most")] = 32_768
+    data_host: Annotated[str, Meta(description="address that peers reach this worker's data plane at")] = "127.0.0.1"
+    data_port: Annotated[Port, Meta(description="data plane port; 0: any free one")] = 0
+    data_secret: Annotated[str, Meta(description="shared secret of the data plane; the same on every worker")] = ""
+    transfer_s: Annotated[Duration, Meta(description="longest silence on a KV transfer")] = 5.0
+
+
+class PrefillWorkerSettings(WorkerSettings, frozen=True, kw_only=True):
+    chunk_tokens: Annotated[Count, Meta(description="tokens of a long prompt per pass, at most")] = 512
+    step_ms_max: Annotated[Duration, Meta(description="a step (one layer of one chunk) is sized to stay below")] = 30.0
+    batch_tokens_max: Annotated[Count, Meta(description="tokens of shorts prefilled in one pass")] = 512
+    colocated_tokens_max: Annotated[Count, Meta(description="short tokens that share a step with a long's decode")] = (
+        192
+    )
+    long_nice: Annotated[
+        int, Meta(ge=0, le=19, description="niceness of the thread that prefills longs (CPU): shorts come first")
+    ] = 10
+
+
+class DecodeWorkerSettings(WorkerSettings, frozen=True, kw_only=True):
+    rows_max: Annotated[Count, Meta(description="sequences in one decode batch")] = 32

@@ -1,0 +1,1 @@
+"""What runs: one package per role, and the engine they share."""

@@ -1,0 +1,162 @@
+"""What a worker asks of an engine. Two implementations: torch (`torch_prefill.py`, `torch_decode.py`)
+and `timed.py`, which answers at the speed of a cost model and needs no GPU; one contract suite for both.
+
+A *pass* is one ragged batch of new tokens through all layers. A *step* is one layer of one pass: the
+smallest piece of work, never interrupted. A pass can be stopped between two steps and continued there
+later; its hidden state and the KV of the layers done are kept, nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from common.messages.cluster import StepCost
+from common.messages.requests import RequestSpec, TokenLogprob
+from common.units import RequestId, TokenId
+
+
+class EngineError(Exception):
+    """The engine could not do what it was asked; the sequences named in the call are in doubt."""
+
+
+class KvFull(EngineError):
+    """No room for the KV of this sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineProfile:
+    """What the engine says of itself; constant."""
+
+    model_id: str
+    model_fingerprint: str
+    layers: int
+    kv_bytes_per_token: int
+    kv_capacity_tokens: int
+    context_tokens: int
+    rows_max: int
+    step_cost: StepCost
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKv:
+    """Keys and values of one layer for tokens [start, start + tokens) of one sequence, ready to be sent.
+
+    `buffers`: contiguous byte views in wire order: the keys of KV head 0, 1, …, then the values of KV
+    head 0, 1, …; each [tokens, head_dim] in the model's dtype. Valid until the sequence is closed.
+    """
+
+    layer: int
+    start: int
+    tokens: int
+    buffers: tuple[memoryview, ...]
+
+
+KvSink = Callable[[LayerKv], None]
+"""Called on the event loop's thread, in layer order, as soon as a layer of a pass is computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The tokens [start, start + tokens) of one sequence, as part of a pass. All before `start` must have
+    been computed. A decode row is a segment of one token: the last one sampled."""
+
+    request_id: RequestId
+    start: int
+    tokens: int
+    sample: bool
+    """Draw a token from the logits of the segment's last position."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    request_id: RequestId
+    token_id: TokenId
+    logprob: TokenLogprob | None
+
+
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    finished: bool
+    """False: stopped between two steps; `resume` continues it."""
+    steps_done: int
+    """Of this pass, counted from its start (0 … layers)."""
+    sampled: tuple[Sampled, ...]
+    """In segment order; empty unless finished."""
+    compute_s: float
+    """Time spent computing in this call."""
+    last_layer_computed_s: float
+    """Monotonic clock at the end of the last step run."""
+
+
+class PrefillEngine(Protocol):
+    """Runs passes over sequences it holds: short prefills, chunks of long ones, decode rows of longs.
+
+    One pass runs at a time; several may be stopped in the middle. All methods are called on the event
+    loop's thread; the computing happens elsewhere.
+    """
+
+    @property
+    def profile(self) -> EngineProfile: ...
+
+    @property
+    def kv_used_tokens(self) -> int:
+        """KV reserved by open sequences; exact."""
+        ...
+
+    def open(self, spec: RequestSpec, token_ids: Sequence[int], sink: KvSink | None) -> None:
+        """Reserve KV for the whole sequence (with a sink, the prompt's alone: it decodes elsewhere).
+        Raises: KvFull, EngineError (already open, token id out of the vocabulary)."""
+        ...
+
+    async def run(self, segments: Sequence[Segment]) -> PassResult:
+        """Start a pass and run it to its end or until `stop`. Raises: EngineError."""
+        ...
+
+    async def resume(self, request_id: RequestId) -> PassResult:
+        """Continue the stopped pass that contains this sequence. Raises: EngineError."""
+        ...
+
+    def stop(self) -> None:
+        """Let the running pass end after the step it is in; does nothing when none runs."""
+        ...
+
+    def close(self, request_id: RequestId) -> None:
+        """Free the sequence's KV and forget any stopped pass of its own. Idempotent. Must not be called
+        while a pass containing it runs: stop it and await its return first."""
+        ...
+
+    async def shutdown(self) -> None: ...
+
+
+class DecodeEngine(Protocol):
+    """Continuous batching of sequences whose KV arrives from elsewhere. Threads as in `PrefillEngine`."""
+
+    @property
+    def profile(self) -> EngineProfile: ...
+
+    @property
+    def kv_used_tokens(self) -> int: ...
+
+    def reserve(self, spec: RequestSpec) -> None:
+        """Reserve KV for prompt and new tokens. Raises: KvFull, EngineError (already there)."""
+        ...
+
+    def layer_buffers(self, request_id: RequestId, layer: int, start: int, tokens: int) -> tuple[memoryview, ...]:
+        """Writable views of the cache itself, in the order and shapes of `LayerKv.buffers`, to receive into."""
+        ...
+
+    def activate(self, request_id: RequestId, first_token: TokenId) -> None:
+        """The prompt's KV is complete and verified; the next step of this sequence feeds `first_token`."""
+        ...
+
+    async def step(self, request_ids: Sequence[RequestId]) -> tuple[Sampled, ...]:
+        """One token for each of these active sequences, in this order. Raises: EngineError."""
+        ...
+
+    def release(self, request_id: RequestId) -> None:
+        """Free its KV. Idempotent. Must not be called while a step containing it runs."""
+        ...
+
+    async def shutdown(self) -> None: ...
