@@ -12,8 +12,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from common.errors import PecSchedError
 
-class BusError(Exception):
+
+class BusError(PecSchedError):
     """The bus could not take the message (not connected, payload too large, buffer full)."""
 
 

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from common.errors import PecSchedError
 
-class StoreError(Exception):
+
+class StoreError(PecSchedError):
     """The store did not answer within its bound, or refused."""
 
 
