@@ -1,7 +1,7 @@
 """Settings of every role: frozen, validated, and each field both a flag and an environment variable.
 
-`nats_url` is `--nats-url` and `PECSCHED_NATS_URL`; the flag wins. `load` is the only reader of the
-environment and of argv; everything else takes a settings object.
+`nats_url` is `--nats-url` and `PECSCHED_NATS_URL`; the flag wins. `settings_loader.load` is the only
+reader of the environment and of argv; everything else takes a settings object.
 """
 
 from __future__ import annotations
@@ -114,3 +114,88 @@ class PrefillWorkerSettings(WorkerSettings, frozen=True, kw_only=True):
 
 class DecodeWorkerSettings(WorkerSettings, frozen=True, kw_only=True):
     rows_max: Annotated[Count, Meta(description="sequences in one decode batch")] = 32
+
+
+POSITIONAL = "positional"
+"""Key in `Meta.extra`: the setting is an argument without a flag and without an environment variable."""
+
+MaybeUrl = Annotated[str, Meta(description="empty: the one of the `pecsched serve` that runs here")]
+
+
+class ServeSettings(SchedulerSettings, frozen=True, kw_only=True):
+    """All roles on this machine. What they have in common and what people change most has a flag here;
+    any other setting of a role is passed on from its environment variable."""
+
+    nats_url: Annotated[str, Meta(description="NATS server; empty: start one")] = ""
+    redis_url: Annotated[str, Meta(description="Redis server; empty: start one")] = ""
+    log_json: Annotated[bool, Meta(description="log lines of the roles as JSON")] = False
+    model: Annotated[str, Meta(description="folder or hub id of a causal LM; 'embedded': SmolLM2-135M-Instruct")] = (
+        "embedded"
+    )
+    cache_dir: Annotated[str, Meta(description="where the converted model is kept; empty: ~/.cache/pecsched")] = ""
+    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[Port, Meta(description="HTTP port; 0: any free one")] = 8000
+    served_model_name: Annotated[str, Meta(description="name in the API; empty: the model's own")] = ""
+    api_key: Annotated[str, Meta(description="bearer token that clients must send; empty: none asked")] = ""
+    prefill_workers: Annotated[int, Meta(ge=1, le=256, description="prefill worker processes")] = 2
+    decode_workers: Annotated[int, Meta(ge=1, le=256, description="decode worker processes")] = 1
+    engine: Annotated[EngineName, Meta(description="'torch', or 'timed': answers at a cost model's speed")] = "torch"
+    dtype: Annotated[DtypeName, Meta(description="'auto': bfloat16 where the machine is fast at it")] = "auto"
+    device: Annotated[str, Meta(description="'auto', 'cpu', 'cuda', 'cuda:1' …")] = "auto"
+    threads: Annotated[
+        int, Meta(ge=0, le=1_024, description="compute threads of each worker (CPU); 0: the cores, shared out")
+    ] = 0
+    kv_capacity_tokens: Annotated[Count, Meta(description="tokens of KV each worker holds at most")] = 32_768
+    restarts_max: Annotated[
+        int, Meta(ge=0, le=1_000, description="crashes of one role within a minute after which all stops")
+    ] = 5
+    drain_s: Annotated[Duration, Meta(description="at Ctrl-C, how long running requests may take to finish")] = 20.0
+    start_s: Annotated[Duration, Meta(description="how long the cluster may take to be complete")] = 300.0
+    log_dir: Annotated[
+        str, Meta(description="folder of the roles' logs; empty: a new one in ~/.cache/pecsched/runs")
+    ] = ""
+
+
+class StatusSettings(Record, frozen=True, kw_only=True):
+    """What runs, where, and what waits."""
+
+    nats_url: MaybeUrl = ""
+    json: Annotated[bool, Meta(description="print the scheduler's answer as JSON")] = False
+    timeout_s: Annotated[Duration, Meta(description="how long to wait for an answer")] = 5.0
+
+
+class StorySettings(Record, frozen=True, kw_only=True):
+    """What happened to one request, from the scheduler's log."""
+
+    request_id: Annotated[str, Meta(description="as in the answer's `id`", extra={POSITIONAL: True})]
+    nats_url: MaybeUrl = ""
+    timeout_s: Annotated[Duration, Meta(description="how long to wait for an answer")] = 5.0
+
+
+class AskSettings(Record, frozen=True, kw_only=True):
+    """One question, the answer as it is generated."""
+
+    question: Annotated[
+        str, Meta(description="what to ask; '-': read it from standard input", extra={POSITIONAL: True})
+    ]
+    via: Annotated[Literal["http", "nats"], Meta(description="door to go through")] = "http"
+    url: MaybeUrl = ""
+    nats_url: MaybeUrl = ""
+    max_tokens: Annotated[Count, Meta(description="longest answer in tokens")] = 256
+    temperature: Annotated[float, Meta(ge=0.0, le=2.0, description="0: always the likeliest token")] = 0.0
+    api_key: Annotated[str, Meta(description="bearer token, where the router asks for one")] = ""
+    timeout_s: Annotated[Duration, Meta(description="longest silence")] = 120.0
+
+
+EVERY_SETTINGS: tuple[type[Record], ...] = (
+    RouterSettings,
+    SchedulerSettings,
+    CoordinatorSettings,
+    PrefillWorkerSettings,
+    DecodeWorkerSettings,
+    ServeSettings,
+    StatusSettings,
+    StorySettings,
+    AskSettings,
+)
+"""Of every command: what an environment variable may name."""
