@@ -1,0 +1,312 @@
+"""The scheduler's view of the cluster: requests, replicas, decoders, and exact accounting of KV and queues.
+
+One object is mutated by one caller (`scheduler.py`); policies read it. Every reservation of KV is made
+here when an order is given and stays until the worker says that the KV is free (or is lost), so that a
+stale view cannot overload a worker. Replicas are kept in indexes by load: finding the least loaded one
+costs O(log n).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from common.messages.base import Record
+from common.messages.cluster import WorkerProfile, WorkerRole
+from common.messages.requests import LengthClass, RequestSpec
+from common.policy.core import InvariantViolated
+from common.policy.lifecycle import PREFILLING_LONG, RequestState
+from common.policy.load_index import LoadIndex
+from common.policy.preemption import PauseAccount
+from common.units import Attempt, RequestId, WorkerId
+
+HoldKey = tuple[RequestId, Attempt]
+
+
+class SchedulerConfig(Record, frozen=True, kw_only=True):
+    """What an operator may set; `common.settings.SchedulerSettings` describes each."""
+
+    policy: str = "pecsched"
+    threshold_tokens: int = 2_048
+    queue_max: int = 10_000
+    attempts_max: int = 4
+    no_worker_s: float = 8.0
+    lease_s: float = 4.0
+    heartbeat_s: float = 1.0
+    pause_max_s: float = 2.0
+    pause_share_max: float = 0.5
+    pause_immunity_s: float = 0.1
+    pause_progress_max: float = 0.95
+    wait_instead_of_pause_s: float = 0.05
+    colocated_tokens_max: int = 192
+    batch_tokens_max: int = 1_024
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """An accepted request that has not ended."""
+
+    spec: RequestSpec
+    length_class: LengthClass
+    order: int
+    """Place in the queue: rank of its first submission. Kept over interruptions."""
+    arrived_s: float
+    state: RequestState = RequestState.QUEUED
+    state_since_s: float = 0.0
+    prefill_worker: WorkerId | None = None
+    decode_worker: WorkerId | None = None
+    members: tuple[WorkerId, ...] = ()
+    pauses: PauseAccount | None = None
+    """Of a long, from the forming of its group."""
+
+    @property
+    def request_id(self) -> RequestId:
+        return self.spec.request_id
+
+    @property
+    def key(self) -> HoldKey:
+        return (self.spec.request_id, self.spec.attempt)
+
+    @property
+    def is_long(self) -> bool:
+        return self.length_class == "long"
+
+    @property
+    def tokens(self) -> int:
+        """Its length in every queue."""
+        return self.spec.prompt.tokens
+
+    @property
+    def workers(self) -> tuple[WorkerId, ...]:
+        if self.is_long:
+            return self.members
+        return tuple(w for w in (self.prefill_worker, self.decode_worker) if w is not None)
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """KV set aside on a worker for one attempt of a request."""
+
+    tokens: int
+    ordered_s: float
+    """Last order given about it; heartbeats older than a grace after it prove nothing."""
+    dropped: bool = False
+    """The worker was told to drop it and has not confirmed."""
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """What replica and decoder share."""
+
+    profile: WorkerProfile
+    heard_s: float
+    held: dict[HoldKey, Reservation] = field(default_factory=dict)
+    kv_reserved: int = 0
+
+    @property
+    def worker_id(self) -> WorkerId:
+        return self.profile.worker_id
+
+    @property
+    def kv_free(self) -> int:
+        return self.profile.kv_capacity_tokens - self.kv_reserved
+
+
+@dataclass(slots=True, eq=False)
+class Replica(Worker):
+    """A prefill worker."""
+
+    queued: dict[HoldKey, int] = field(default_factory=dict)
+    """Shorts sent and not yet prefilled, in tokens."""
+    queued_tokens: int = 0
+    long: RequestId | None = None
+    """The long that holds its prefill place (running or paused)."""
+    decoding: set[RequestId] = field(default_factory=set)
+    """Longs that decode here."""
+
+
+@dataclass(slots=True, eq=False)
+class Decoder(Worker):
+    """A decode worker. Its reservations are in whole slots."""
+
+    @property
+    def has_row(self) -> bool:
+        return len(self.held) < self.profile.rows_max
+
+
+class Cluster:
+    """All records and the only methods that change them."""
+
+    def __init__(self) -> None:
+        self.requests: dict[RequestId, Request] = {}
+        self.replicas: dict[WorkerId, Replica] = {}
+        self.decoders: dict[WorkerId, Decoder] = {}
+        self.idle = LoadIndex()
+        """Replicas without any long, by queued tokens."""
+        self.decoding = LoadIndex()
+        """Replicas on which longs decode and none prefills, by queued tokens."""
+        self.prefilling = LoadIndex()
+        """Replicas whose prefill place a long holds, by queued tokens."""
+        self.decoder_load = LoadIndex()
+        """Decoders by reserved KV."""
+        self.can_form_groups = False
+        """Whether an SP coordinator is there."""
+        self._kv_max: dict[str, int] = {}
+
+    # --- workers ---------------------------------------------------------------------------------
+
+    def worker(self, worker_id: WorkerId) -> Replica | Decoder | None:
+        return self.replicas.get(worker_id) or self.decoders.get(worker_id)
+
+    def workers(self) -> Iterator[Replica | Decoder]:
+        yield from self.replicas.values()
+        yield from self.decoders.values()
+
+    def add_worker(self, profile: WorkerProfile, now_s: float) -> Replica | Decoder:
+        worker: Replica | Decoder
+        if profile.role == "prefill":
+            worker = self.replicas[profile.worker_id] = Replica(profile=profile, heard_s=now_s)
+        else:
+            worker = self.decoders[profile.worker_id] = Decoder(profile=profile, heard_s=now_s)
+        self._reindex(worker)
+        self._kv_max.clear()
+        return worker
+
+    def kv_max(self, role: WorkerRole) -> int:
+        """The largest KV capacity among the workers of a role; 0: there is none."""
+        if role not in self._kv_max:
+            workers = self.replicas.values() if role == "prefill" else self.decoders.values()
+            self._kv_max[role] = max((w.profile.kv_capacity_tokens for w in workers), default=0)
+        return self._kv_max[role]
+
+    def remove_worker(self, worker_id: WorkerId) -> None:
+        """Forget a lost worker and all it held. Requests that ran there are the caller's to interrupt."""
+        self.replicas.pop(worker_id, None)
+        self.decoders.pop(worker_id, None)
+        for index in (self.idle, self.decoding, self.prefilling, self.decoder_load):
+            index.discard(worker_id)
+        self._kv_max.clear()
+
+    def _reindex(self, worker: Replica | Decoder) -> None:
+        if isinstance(worker, Decoder):
+            self.decoder_load.set(worker.worker_id, worker.kv_reserved)
+            return
+        home = self.prefilling if worker.long else self.decoding if worker.decoding else self.idle
+        for index in (self.idle, self.decoding, self.prefilling):
+            if index is not home:
+                index.discard(worker.worker_id)
+        home.set(worker.worker_id, worker.queued_tokens)
+
+    # --- KV --------------------------------------------------------------------------------------
+
+    def reserve(self, worker: Replica | Decoder, key: HoldKey, tokens: int, now_s: float) -> None:
+        if key in worker.held:
+            raise InvariantViolated(f"{key} is reserved twice on {worker.worker_id}")
+        worker.held[key] = Reservation(tokens=tokens, ordered_s=now_s)
+        worker.kv_reserved += tokens
+        self._reindex(worker)
+
+    def release(self, worker_id: WorkerId, key: HoldKey) -> bool:
+        """The worker holds nothing of this attempt any more. False: it was not on the books."""
+        worker = self.worker(worker_id)
+        if worker is None:
+            return False
+        reservation = worker.held.pop(key, None)
+        if reservation is not None:
+            worker.kv_reserved -= reservation.tokens
+        if isinstance(worker, Replica):
+            worker.queued_tokens -= worker.queued.pop(key, 0)
+        self._reindex(worker)
+        return reservation is not None
+
+    # --- places ----------------------------------------------------------------------------------
+
+    def enqueue_short(self, replica: Replica, request: Request) -> None:
+        replica.queued[request.key] = request.tokens
+        replica.queued_tokens += request.tokens
+        self._reindex(replica)
+
+    def dequeue_short(self, worker_id: WorkerId, key: HoldKey) -> None:
+        """Its prefill is done (its KV stays until handed over)."""
+        replica = self.replicas.get(worker_id)
+        if replica is not None:
+            replica.queued_tokens -= replica.queued.pop(key, 0)
+            self._reindex(replica)
+
+    def seat_long(self, replica: Replica, request_id: RequestId) -> None:
+        if replica.long is not None:
+            raise InvariantViolated(f"{replica.worker_id} already prefills {replica.long}, not {request_id}")
+        replica.long = request_id
+        self._reindex(replica)
+
+    def unseat_long(self, request: Request, *, decodes: bool) -> None:
+        """The long leaves the prefill place of its replicas, to decode there or for good."""
+        for worker_id in request.members:
+            replica = self.replicas.get(worker_id)
+            if replica is None:
+                continue
+            if replica.long == request.request_id:
+                replica.long = None
+            if decodes:
+                replica.decoding.add(request.request_id)
+            else:
+                replica.decoding.discard(request.request_id)
+            self._reindex(replica)
+
+    # --- invariants ------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises: InvariantViolated."""
+        for worker in self.workers():
+            self._check_worker(worker)
+        for request in self.requests.values():
+            self._check_request(request)
+        indexed = set(self.idle.ids()) | set(self.decoding.ids()) | set(self.prefilling.ids())
+        _require(indexed == set(self.replicas), "every replica is in exactly one index")
+        _require(
+            len(self.idle) + len(self.decoding) + len(self.prefilling) == len(self.replicas),
+            "no replica is in two indexes",
+        )
+
+    def _check_worker(self, worker: Replica | Decoder) -> None:
+        name = worker.worker_id
+        total = sum(r.tokens for r in worker.held.values())
+        _require(worker.kv_reserved == total, f"{name}: KV {worker.kv_reserved} != sum {total}")
+        _require(total <= worker.profile.kv_capacity_tokens, f"{name}: {total} tokens of KV exceed its capacity")
+        if isinstance(worker, Decoder):
+            _require(len(worker.held) <= worker.profile.rows_max, f"{name}: more rows than it has")
+            return
+        _require(worker.queued_tokens == sum(worker.queued.values()), f"{name}: queue accounting")
+        _require(worker.queued.keys() <= worker.held.keys(), f"{name}: a queued short holds no KV")
+        if worker.long is not None:
+            long = self.requests.get(worker.long)
+            _require(long is not None and long.state in PREFILLING_LONG, f"{name}: seats {worker.long} in vain")
+        for request_id in worker.decoding:
+            long = self.requests.get(request_id)
+            _require(long is not None and long.state is RequestState.DECODING, f"{name}: {request_id} decodes not")
+
+    def _check_request(self, request: Request) -> None:
+        name, state = request.request_id, request.state
+        if request.is_long:
+            seated = state in PREFILLING_LONG
+            for worker_id in request.members:
+                replica = self.replicas.get(worker_id)
+                _require(replica is not None, f"{name}: its member {worker_id} is gone")
+                assert replica is not None
+                _require((replica.long == name) == seated, f"{name}: seat on {worker_id} while {state.value}")
+                _require(request.key in replica.held, f"{name}: no KV on {worker_id} while {state.value}")
+            _require(bool(request.members) == (state not in (RequestState.QUEUED, RequestState.INTERRUPTED)), name)
+            return
+        active = state in (RequestState.PREFILLING, RequestState.HANDOFF, RequestState.DECODING)
+        _require((request.decode_worker is not None) == active, f"{name}: {state.value} without a decoder")
+        if request.decode_worker is not None:
+            decoder = self.decoders.get(request.decode_worker)
+            _require(decoder is not None and request.key in decoder.held, f"{name}: no KV reserved for its decode")
+        if state is RequestState.PREFILLING and request.prefill_worker is not None:
+            replica = self.replicas.get(request.prefill_worker)
+            _require(replica is not None and request.key in replica.held, f"{name}: no KV reserved for its prefill")
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise InvariantViolated(what)

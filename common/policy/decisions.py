@@ -1,0 +1,86 @@
+"""What a scheduling policy decides, and the interface behind which policies are exchanged.
+
+A policy keeps the requests that wait. The scheduler tells it what happened and asks for one decision
+at a time; it applies each to the `Cluster` before it asks for the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from common.policy.cluster import Cluster, Request
+from common.units import RequestId, WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceShort:
+    """Prefill here, decode there; `pause`: the long that prefills here must stop first."""
+
+    request: Request
+    replica: WorkerId
+    decoder: WorkerId
+    rule: str
+    pause: RequestId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceLong:
+    request: Request
+    members: tuple[WorkerId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PauseLong:
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeLong:
+    request: Request
+
+
+Decision = PlaceShort | PlaceLong | PauseLong | ResumeLong
+
+
+class SchedulingPolicy(Protocol):
+    def admit(self, request: Request, cluster: Cluster) -> None:
+        """A request waits (for the first time or again)."""
+        ...
+
+    def forget(self, request: Request) -> None:
+        """It waits no more: placed by a decision, cancelled, failed."""
+        ...
+
+    def worker_added(self, worker_id: WorkerId, cluster: Cluster) -> None: ...
+
+    def worker_lost(self, worker_id: WorkerId, cluster: Cluster) -> None: ...
+
+    def replica_eased(self, worker_id: WorkerId, cluster: Cluster) -> None:
+        """Something left this prefill worker: a prefill ended, KV was freed, its long moved on."""
+        ...
+
+    def decoder_eased(self) -> None:
+        """Room on a decode worker."""
+        ...
+
+    def long_changed(self, request: Request) -> None:
+        """A long changed its state."""
+        ...
+
+    def decide(self, cluster: Cluster, now_s: float) -> Decision | None:
+        """The next decision; None: nothing more to do before the next event or deadline."""
+        ...
+
+    def next_deadline_s(self) -> float | None: ...
+
+    def waiting(self, count: int) -> Iterator[Request]:
+        """The first `count` that wait, for people."""
+        ...
+
+    def waiting_shorts(self) -> int: ...
+
+    def waiting_longs(self) -> int: ...
+
+    def waiting_tokens(self) -> int: ...

@@ -1,0 +1,86 @@
+"""The life of a request in the scheduler, as a table.
+
+A short is queued, prefilled on one worker, handed over, and decoded on another. A long is queued, its
+group is formed, prefills (and is paused and resumed), and decodes where its KV lies. Either can be
+interrupted by a loss, upon which its router submits it again, and either can end in every state.
+
+`ended` is not a state of this table: a request that ends is taken off the books at once; KV it still
+holds somewhere stays accounted to that worker until the worker says that it is free.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from common.policy.core import InvariantViolated
+
+
+class RequestState(StrEnum):
+    """Where a request stands."""
+
+    QUEUED = "queued"
+    # shorts
+    PREFILLING = "prefilling"
+    """Sent to a prefill worker (in its local queue or running)."""
+    HANDOFF = "handoff"
+    """First token out; the KV is on its way."""
+    DECODING = "decoding"
+    # longs
+    FORMING = "forming"
+    RUNNING = "running"
+    """The group prefills."""
+    PAUSING = "pausing"
+    PAUSED = "paused"
+    RESUMING = "resuming"
+    # both
+    INTERRUPTED = "interrupted"
+    """Lost where it ran; its router is asked to submit it again."""
+
+
+S = RequestState
+
+SHORT_TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
+    S.QUEUED: frozenset({S.PREFILLING}),
+    S.PREFILLING: frozenset({S.HANDOFF, S.DECODING, S.INTERRUPTED}),
+    S.HANDOFF: frozenset({S.DECODING, S.INTERRUPTED}),
+    S.DECODING: frozenset({S.INTERRUPTED}),
+    S.INTERRUPTED: frozenset({S.QUEUED}),
+}
+"""PREFILLING → DECODING: the decode worker's word can overtake the prefill worker's."""
+
+LONG_TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
+    S.QUEUED: frozenset({S.FORMING}),
+    S.FORMING: frozenset({S.RUNNING, S.INTERRUPTED}),
+    S.RUNNING: frozenset({S.PAUSING, S.DECODING, S.INTERRUPTED}),
+    S.PAUSING: frozenset({S.PAUSED, S.DECODING, S.INTERRUPTED}),
+    S.PAUSED: frozenset({S.RESUMING, S.INTERRUPTED}),
+    S.RESUMING: frozenset({S.RUNNING, S.DECODING, S.INTERRUPTED}),
+    S.DECODING: frozenset({S.INTERRUPTED}),
+    S.INTERRUPTED: frozenset({S.QUEUED}),
+}
+"""RUNNING, PAUSING and RESUMING → DECODING: the prefill ended before the order was heard."""
+
+IN_GROUP = frozenset({S.FORMING, S.RUNNING, S.PAUSING, S.PAUSED, S.RESUMING, S.DECODING})
+"""States in which a long has a group."""
+
+PREFILLING_LONG = IN_GROUP - {S.DECODING}
+"""States in which a long holds the prefill place of its replicas."""
+
+
+def table_of(*, long: bool) -> dict[RequestState, frozenset[RequestState]]:
+    return LONG_TRANSITIONS if long else SHORT_TRANSITIONS
+
+
+def require_legal(current: RequestState, target: RequestState, *, long: bool, story: list[str]) -> None:
+    """Raises: InvariantViolated, with the request's story, if the table does not allow the step."""
+    if target not in table_of(long=long)[current]:
+        raise InvariantViolated(f"{current.value} → {target.value} is illegal; story:\n" + "\n".join(story))
+
+
+def mermaid(*, long: bool) -> str:
+    """The table as a Mermaid state diagram, for ARCHITECTURE.md."""
+    lines = ["stateDiagram-v2", "    [*] --> queued"]
+    for source, targets in table_of(long=long).items():
+        lines += [f"    {source.value} --> {target.value}" for target in sorted(targets, key=lambda t: t.value)]
+    lines += ["    decoding --> [*]", "    queued --> [*]: cancelled, failed (legal in every state)"]
+    return "\n".join(lines)

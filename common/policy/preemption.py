@@ -1,0 +1,82 @@
+"""When a long prefill may be paused, and for how long.
+
+The paper bounds neither a single pause nor their sum. Both are bounded here: peers measured that
+unbounded suspension doubles the mean time to first token, and that pausing without hysteresis
+thrashes. A long prefill
+
+- yields at most a share σ of the time since it started: its pauses sum up to at most σ·elapsed + σ·P,
+  where P is the longest single pause (the second term is what it may yield at once at the start);
+- is not paused for longer than P at a time;
+- runs undisturbed for a while after each pause;
+- is not paused when it is nearly done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PauseBounds:
+    pause_max_s: float
+    share_max: float
+    immunity_s: float
+    progress_max: float
+
+
+@dataclass(slots=True)
+class PauseAccount:
+    """What one long prefill has yielded so far. Times are the scheduler's clock."""
+
+    started_s: float
+    estimate_s: float
+    """Time the whole prefill takes undisturbed."""
+    suspended_s: float = 0.0
+    """Sum of the finished pauses."""
+    paused_since_s: float | None = None
+    immune_until_s: float = 0.0
+    count: int = 0
+
+    def paused(self, now_s: float) -> None:
+        self.paused_since_s = now_s
+        self.count += 1
+
+    def resumed(self, now_s: float, bounds: PauseBounds) -> None:
+        """Ends the pause, if there is one."""
+        if self.paused_since_s is not None:
+            self.suspended_s += now_s - self.paused_since_s
+            self.paused_since_s = None
+            self.immune_until_s = now_s + bounds.immunity_s
+
+    def suspended_by(self, now_s: float) -> float:
+        running = 0.0 if self.paused_since_s is None else now_s - self.paused_since_s
+        return self.suspended_s + running
+
+    def progress(self, now_s: float) -> float:
+        """Estimated share of the prefill done, 0 … 1."""
+        ran_s = now_s - self.started_s - self.suspended_by(now_s)
+        return min(1.0, ran_s / self.estimate_s) if self.estimate_s > 0 else 1.0
+
+    def budget_s(self, now_s: float, bounds: PauseBounds) -> float:
+        """How much more it may yield in all, as of now (negative: overdrawn)."""
+        share = bounds.share_max
+        return share * (now_s - self.started_s) + share * bounds.pause_max_s - self.suspended_by(now_s)
+
+    def pausable_from_s(self, now_s: float, needed_s: float, bounds: PauseBounds) -> float | None:
+        """When a pause of `needed_s` may begin: now, later, or None: never again (nearly done)."""
+        if self.progress(now_s) >= bounds.progress_max or bounds.share_max <= 0.0:
+            return None
+        needed_s = min(needed_s, bounds.pause_max_s)
+        shortfall_s = needed_s - self.budget_s(now_s, bounds)
+        earned_s = now_s + max(0.0, shortfall_s) / bounds.share_max
+        return max(earned_s, self.immune_until_s)
+
+    def pause_left_s(self, now_s: float, bounds: PauseBounds) -> float:
+        """How much longer the running pause may last. A pause earns no budget that it can spend itself:
+        while it runs, elapsed and suspended grow alike."""
+        if self.paused_since_s is None:
+            return min(bounds.pause_max_s, self.budget_s(now_s, bounds))
+        single_s = bounds.pause_max_s - (now_s - self.paused_since_s)
+        # budget(t) falls by (1 - σ) per second of pause: it lasts budget / (1 - σ) longer.
+        fall = max(1e-9, 1.0 - bounds.share_max)
+        return min(single_s, self.budget_s(now_s, bounds) / fall)

@@ -1,0 +1,101 @@
+"""The scheduler's two closed unions: what it hears, what it orders."""
+
+from __future__ import annotations
+
+from common.messages.base import Record
+from common.messages.cluster import CoordinatorHeartbeat, RouterHeartbeat, RouterLeft, WorkerHeartbeat, WorkerLeft
+from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, DecodeStarted, ExpectKv
+from common.messages.prefill import (
+    DropRequest,
+    KvReleased,
+    PrefillFailed,
+    PrefillFinished,
+    PrefillStarted,
+    RunPrefill,
+)
+from common.messages.records import RequestRecord
+from common.messages.scheduling import (
+    CancelRequested,
+    RequestAccepted,
+    RequestFailed,
+    RequestInterrupted,
+    RequestRefused,
+    RequestSubmitted,
+)
+from common.messages.sp import (
+    DissolveGroup,
+    FormGroup,
+    GroupFailed,
+    GroupFinished,
+    GroupFormed,
+    GroupPaused,
+    GroupPrefillFinished,
+    GroupResumed,
+    PauseGroup,
+    ResumeGroup,
+)
+from common.policy.core import TimePassed
+from common.units import RequestId
+
+
+class SaveRequest(Record, frozen=True, kw_only=True):
+    """Write the record to the store before any message of the same event leaves."""
+
+    record: RequestRecord
+
+
+class ForgetRequest(Record, frozen=True, kw_only=True):
+    """Delete the record of a request that ended."""
+
+    request_id: RequestId
+
+
+class EndBusRequest(Record, frozen=True, kw_only=True):
+    """Tell a bus client whose router is lost that its request ended."""
+
+    reply_inbox: str
+    request_id: RequestId
+    message: str
+
+
+SchedulerEvent = (
+    RequestSubmitted
+    | CancelRequested
+    | RouterHeartbeat
+    | RouterLeft
+    | WorkerHeartbeat
+    | WorkerLeft
+    | PrefillStarted
+    | PrefillFinished
+    | PrefillFailed
+    | KvReleased
+    | DecodeStarted
+    | DecodeFinished
+    | DecodeBusy
+    | DecodeFailed
+    | CoordinatorHeartbeat
+    | GroupFormed
+    | GroupPaused
+    | GroupResumed
+    | GroupPrefillFinished
+    | GroupFinished
+    | GroupFailed
+    | TimePassed
+)
+
+SchedulerCommand = (
+    SaveRequest
+    | ForgetRequest
+    | EndBusRequest
+    | RequestAccepted
+    | RequestRefused
+    | RequestInterrupted
+    | RequestFailed
+    | RunPrefill
+    | ExpectKv
+    | DropRequest
+    | FormGroup
+    | PauseGroup
+    | ResumeGroup
+    | DissolveGroup
+)

@@ -1,0 +1,40 @@
+"""What happened to each request: a bounded log that tells why something happened.
+
+Every event a core handled and every command it gave about a request, with its time, its serial number,
+and the serial of its cause. Records are kept as they are and written out only when asked.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+
+from common.messages.base import Record
+from common.units import RequestId
+
+_SILENT = frozenset({"v", "epoch", "cause", "spec", "record", "request_id"})
+
+
+class StoryLog:
+    def __init__(self, requests_max: int = 4_096, lines_max: int = 256) -> None:
+        self._requests_max = requests_max
+        self._lines_max = lines_max
+        self._lines: OrderedDict[RequestId, deque[tuple[float, str, Record | str]]] = OrderedDict()
+
+    def note(self, request_id: RequestId, now_s: float, cause: str, what: Record | str) -> None:
+        lines = self._lines.get(request_id)
+        if lines is None:
+            lines = self._lines[request_id] = deque(maxlen=self._lines_max)
+            if len(self._lines) > self._requests_max:
+                self._lines.popitem(last=False)
+        lines.append((now_s, cause, what))
+
+    def tell(self, request_id: RequestId) -> list[str]:
+        """Oldest first; empty if unknown or forgotten."""
+        return [f"{now_s:.6f} {cause} {_line(what)}" for now_s, cause, what in self._lines.get(request_id, ())]
+
+
+def _line(what: Record | str) -> str:
+    if isinstance(what, str):
+        return what
+    fields = [f"{n}={getattr(what, n)!r}" for n in what.__struct_fields__ if n not in _SILENT]
+    return f"{type(what).__name__} {' '.join(fields)}".rstrip()
