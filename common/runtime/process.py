@@ -1,0 +1,113 @@
+"""What every role's process does around its service: logs, signals, connections, one exit status.
+
+The first SIGINT or SIGTERM sets the stop event, and the service drains; a second one ends it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import uvloop
+
+from common import logs
+from common.errors import StartupError
+from common.runtime.bus import Bus, BusError
+from common.runtime.bus_nats import connect_nats
+from common.runtime.store import Store, StoreError
+from common.runtime.store_redis import connect_redis
+from common.settings import CommonSettings
+
+Start = Callable[[Bus, Store, asyncio.Event], Awaitable[None]]
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+"""It ran, and an error ended it."""
+EXIT_NOT_STARTED = 2
+"""It never ran; stderr has one line that says why."""
+EXIT_INTERRUPTED = 130
+"""A second signal ended it before it had drained."""
+
+log = logs.get_logger(__name__)
+
+
+class BusRefused(Exception):
+    """NATS ended the connection for good."""
+
+
+def run_role(name: str, settings: CommonSettings, start: Start, *, patience_s: float = 5.0) -> int:
+    """Connect bus and store (trying for `patience_s`), run `start(bus, store, stop)` to its end, close both.
+
+    `start` returns when `stop` was set and it has drained. Returns the exit status; raises nothing.
+    """
+    logs.setup(name, level=settings.log_level, as_json=settings.log_json)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(name, settings, start, patience_s))
+    except StartupError as error:
+        sys.stderr.write(f"pecsched {name}: {error}\n")
+        return EXIT_NOT_STARTED
+    except BusRefused:
+        return EXIT_FAILED  # logged where it happened
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        return EXIT_INTERRUPTED
+    except Exception:
+        log.exception("ended by an error")
+        return EXIT_FAILED
+    return EXIT_OK
+
+
+async def _serve(name: str, settings: CommonSettings, start: Start, patience_s: float) -> None:
+    stop = asyncio.Event()
+    refused = asyncio.Event()
+
+    def on_closed() -> None:
+        refused.set()
+        stop.set()
+
+    with_signals(stop)
+    async with connected(name, settings, patience_s=patience_s, on_closed=on_closed) as (bus, store):
+        log.info("started")
+        await start(bus, store, stop)
+        log.info("stopped")
+    if refused.is_set():
+        raise BusRefused
+
+
+def with_signals(stop: asyncio.Event) -> None:
+    """Let the first SIGINT or SIGTERM set `stop`, and a second one cancel the current task."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+
+    def on_signal() -> None:
+        if stop.is_set() and task is not None:
+            task.cancel()
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+
+
+@asynccontextmanager
+async def connected(
+    name: str, settings: CommonSettings, *, patience_s: float = 5.0, on_closed: Callable[[], None] | None = None
+) -> AsyncIterator[tuple[Bus, Store]]:
+    """Bus and store for the length of the block. Raises: StartupError, one line with the flag to set."""
+    try:
+        store = await connect_redis(settings.redis_url, patience_s=patience_s)
+    except StoreError as error:
+        raise StartupError(f"{error}; start it or pass --redis-url") from error
+    try:
+        try:
+            bus = await connect_nats(settings.nats_url, name, patience_s=patience_s, on_closed=on_closed)
+        except BusError as error:
+            raise StartupError(f"{error}; start it or pass --nats-url") from error
+        try:
+            yield bus, store
+        finally:
+            await bus.close()
+    finally:
+        await store.close()
