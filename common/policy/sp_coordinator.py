@@ -1,0 +1,490 @@
+"""The core of the SP coordinator: scheduler's orders and members' answers in, orders to members and verdicts out.
+
+The rules of one group stand in `sp_group.py`. Here is what spans groups:
+
+- Groups are keyed by (request, attempt). A higher attempt supersedes the lower ones: they dissolve, and their
+  members are told so before the new group's members are told to load.
+- Orders of an older scheduler (a lower epoch) and of an older attempt are ignored. An order that repeats
+  itself, or comes after its effect, is answered again with where the group stands; the endings of the last
+  groups are kept for that.
+- A member that reports progress of a group nobody drives here (a former coordinator's) is told to drop it.
+- Every order is answered: `FormGroup` by GroupFormed, `PauseGroup` by GroupPaused or GroupPrefillFinished,
+  `ResumeGroup` by GroupResumed or GroupPrefillFinished, `DissolveGroup` by GroupFailed, and each of them, at any
+  time, by the group's ending. An order overtaken by its opposite is answered by the opposite's answer.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import assert_never
+
+from common.messages.sp import (
+    DissolveGroup,
+    DropSegment,
+    FormGroup,
+    GroupFailed,
+    GroupFormed,
+    GroupResumed,
+    LoadSegment,
+    PauseGroup,
+    PauseSegment,
+    ResumeGroup,
+    RunSegment,
+    SegmentDropped,
+    SegmentFailed,
+    SegmentFinished,
+    SegmentLoaded,
+    SegmentPaused,
+    SegmentPrefilled,
+    SegmentRunning,
+)
+from common.policy.core import InvariantViolated, TimePassed
+from common.policy.sp_group import (
+    PREFILL_DONE,
+    Group,
+    GroupKey,
+    GroupState,
+    Rank,
+    RankPhase,
+    split_evenly,
+)
+from common.policy.sp_io import (
+    CoordinatorCommand,
+    CoordinatorEvent,
+    GroupEnding,
+    GroupOrder,
+    MemberWord,
+    StopAsked,
+)
+from common.policy.timers import Timers
+from common.units import Attempt, RequestId
+
+G = GroupState
+R = RankPhase
+
+ENDINGS_KEPT = 1_000
+STORIES_KEPT = 1_000
+STORY_LINES_MAX = 200
+
+
+class SpCoordinator:
+    """`answer_s`: how long a rank may take to answer an order that needs at most a step of its time."""
+
+    def __init__(self, answer_s: float) -> None:
+        self._answer_s = answer_s
+        self._groups: dict[GroupKey, Group] = {}
+        self._newest: dict[RequestId, Attempt] = {}
+        """Highest attempt seen, of requests whose groups or endings are kept."""
+        self._endings: OrderedDict[GroupKey, GroupEnding] = OrderedDict()
+        self._timers: Timers[GroupKey] = Timers()
+        self._stories: OrderedDict[RequestId, deque[str]] = OrderedDict()
+        self._epoch = 0
+        self._stopping = False
+        self._events = 0
+        self._cause = ""
+        self._now_s = 0.0
+        self._out: list[CoordinatorCommand] = []
+
+    # --- the door ---------------------------------------------------------------------------------
+
+    def handle(self, event: CoordinatorEvent, now_s: float) -> list[CoordinatorCommand]:
+        """See `Core`. Raises: InvariantViolated."""
+        self._now_s = now_s
+        self._events += 1
+        self._cause = f"sp.{self._events}.{type(event).__name__}"
+        self._out = []
+        match event:
+            case TimePassed():
+                for key in list(self._timers.due(now_s)):
+                    self._overdue(self._groups[key])
+            case StopAsked():
+                self._stopping = True
+                for group in list(self._groups.values()):
+                    self._dissolve(group, "the SP coordinator stops", retryable=True)
+            case FormGroup() | PauseGroup() | ResumeGroup() | DissolveGroup():
+                self._order(event)
+            case _:
+                self._word(event)
+        return self._out
+
+    def next_deadline_s(self) -> float | None:
+        return self._timers.next_s()
+
+    def driving(self) -> tuple[tuple[RequestId, Attempt], ...]:
+        """Every group that has not ended, for the heartbeat."""
+        return tuple(self._groups)
+
+    def state_of(self, request_id: RequestId, attempt: Attempt) -> GroupState:
+        group = self._groups.get((request_id, attempt))
+        return G.GONE if group is None else group.state
+
+    def story(self, request_id: RequestId) -> list[str]:
+        """What happened to this request's groups, oldest first; bounded."""
+        return list(self._stories.get(request_id, ()))
+
+    def check(self) -> None:
+        """See `Core`."""
+        for key, group in self._groups.items():
+            group.check()
+            if key in self._endings:
+                raise InvariantViolated(f"group {key} has ended and is still driven")
+            if group.state is not G.DISSOLVING and self._newest[key[0]] != key[1]:
+                raise InvariantViolated(f"group {key} is superseded and still served")
+        if len(self._newest) > len(self._groups) + len(self._endings):
+            raise InvariantViolated("attempts of forgotten requests are remembered")
+        waiting = sum(group.deadline_s(self._answer_s) is not None for group in self._groups.values())
+        if waiting != len(self._timers):
+            raise InvariantViolated(f"{waiting} groups wait for an answer, {len(self._timers)} have a deadline")
+
+    # --- orders of the scheduler -----------------------------------------------------------------
+
+    def _order(self, order: GroupOrder) -> None:
+        attempt = order.spec.attempt if isinstance(order, FormGroup) else order.attempt
+        request_id = order.spec.request_id if isinstance(order, FormGroup) else order.request_id
+        name = type(order).__name__
+        if order.epoch < self._epoch:
+            self._note(request_id, f"{name} of epoch {order.epoch} ignored: epoch {self._epoch} is in charge")
+            return
+        self._epoch = order.epoch
+        self._note(request_id, f"{name}/{attempt} {order.cause}")
+        key = (request_id, attempt)
+        if (ending := self._endings.get(key)) is not None:
+            self._say(ending)
+            return
+        group = self._groups.get(key)
+        match order:
+            case FormGroup():
+                self._form(order, group)
+            case _ if group is None:
+                self._say(self._failed(key, "no such group is driven here", retryable=True))
+            case PauseGroup():
+                self._pause(group)
+            case ResumeGroup():
+                self._resume(group)
+            case DissolveGroup():
+                self._dissolve(group, "dissolved as asked", retryable=True)
+            case _:
+                assert_never(order)
+        if group is not None:
+            self._settle(group)
+
+    def _form(self, order: FormGroup, known: Group | None) -> None:
+        spec = order.spec
+        key = (spec.request_id, spec.attempt)
+        if known is not None:
+            if known.state is not G.FORMING:
+                self._say(self._word_of(known, GroupFormed))
+            self._say_where_it_stands(known)
+            return
+        newest = self._newest.get(spec.request_id)
+        if newest is not None and newest > spec.attempt:
+            self._note(spec.request_id, f"attempt {spec.attempt} ignored: {newest} is known")
+            return
+        refusal = self._refusal(order)
+        if refusal:
+            self._say(self._failed(key, refusal, retryable=self._stopping))
+            return
+        for older in [group for group in self._groups.values() if group.spec.request_id == spec.request_id]:
+            self._dissolve(older, f"superseded by attempt {spec.attempt}", retryable=True)
+            self._settle(older)
+        group = Group(
+            spec=spec,
+            ranks=tuple(Rank(worker_id=member) for member in order.members),
+            story=self._stories[spec.request_id],
+        )
+        self._groups[key] = group
+        self._newest[spec.request_id] = spec.attempt
+        for number, (rank, parts) in enumerate(
+            zip(group.ranks, split_evenly(spec.prompt.tokens, len(group.ranks)), strict=True)
+        ):
+            rank.asked_s = self._now_s
+            self._say(
+                LoadSegment(
+                    worker_id=rank.worker_id,
+                    spec=spec,
+                    rank=number,
+                    members=order.members,
+                    parts=parts,
+                    cause=self._cause,
+                    epoch=self._epoch,
+                )
+            )
+        self._settle(group)
+
+    def _refusal(self, order: FormGroup) -> str:
+        if self._stopping:
+            return "the SP coordinator stops"
+        if not order.members:
+            return "a group needs at least one member"
+        if len(set(order.members)) != len(order.members):
+            return f"a worker is named twice: {', '.join(order.members)}"
+        return ""
+
+    def _pause(self, group: Group) -> None:
+        match group.state:
+            case G.PREFILLING | G.RESUMING:
+                group.wish_pause = True
+                self._move(group, G.PAUSING)
+                for rank in group.ranks:
+                    if rank.phase not in PREFILL_DONE:
+                        self._tell(group, rank, R.STOPPING, PauseSegment)
+            case G.FORMING | G.PAUSING:
+                group.wish_pause = True
+            case _:
+                self._say_where_it_stands(group)
+
+    def _resume(self, group: Group) -> None:
+        match group.state:
+            case G.PAUSED:
+                self._run(group, G.RESUMING)
+            case G.FORMING | G.PAUSING:
+                group.wish_pause = False
+            case G.RESUMING:
+                pass  # answered when the last rank runs
+            case G.PREFILLING:
+                self._say(self._word_of(group, GroupResumed))
+            case _:
+                self._say_where_it_stands(group)
+
+    def _say_where_it_stands(self, group: Group) -> None:
+        """Again what was said when it came there. Nothing where the next word is still to come."""
+        match group.state:
+            case G.PAUSED:
+                self._say(group.paused_word(self._cause))
+            case G.DECODING:
+                self._say(group.prefill_finished_word(self._cause))
+            case _:
+                pass
+
+    # --- words of the members --------------------------------------------------------------------
+
+    def _word(self, word: MemberWord) -> None:
+        key = (word.request_id, word.attempt)
+        name = type(word).__name__
+        group = self._groups.get(key)
+        rank = None if group is None else group.rank_of(word.worker_id)
+        if group is None or rank is None:
+            self._note(word.request_id, f"{name}/{word.attempt} from {word.worker_id}: not driven here")
+            if not isinstance(word, SegmentDropped | SegmentFailed | SegmentFinished):
+                self._drop_stray(word)
+            return
+        self._note(word.request_id, f"{name}/{word.attempt} from {word.worker_id}, which was {rank.phase}")
+        match word:
+            case SegmentFailed():
+                self._rank_failed(group, rank, word)
+            case SegmentDropped():
+                self._rank_dropped(group, rank)
+            case _ if group.state is G.DISSOLVING:
+                return  # crossed with the order to drop it
+            case SegmentLoaded():
+                if rank.phase is R.LOADING:
+                    rank.phase = R.LOADED
+            case SegmentRunning():
+                if rank.phase is R.STARTING:
+                    rank.phase = R.RUNNING
+            case SegmentPaused():
+                if rank.phase is R.STOPPING:
+                    rank.phase = R.PAUSED
+                    rank.step, rank.prefilled_tokens = word.step, word.prefilled_tokens
+                    rank.pause_latency_s = word.pause_latency_s
+            case SegmentPrefilled():
+                if rank.phase not in PREFILL_DONE:
+                    rank.phase = R.PREFILLED
+                    rank.step, rank.compute_s, rank.finish_reason = word.steps, word.compute_s, word.finish_reason
+                    rank.generated = 1
+            case SegmentFinished():
+                rank.phase = R.FINISHED
+                rank.generated, rank.finish_reason = word.generated, word.finish_reason
+            case _:
+                assert_never(word)
+        self._settle(group)
+
+    def _drop_stray(self, word: MemberWord) -> None:
+        self._say(
+            DropSegment(
+                worker_id=word.worker_id,
+                request_id=word.request_id,
+                attempt=word.attempt,
+                cause=self._cause,
+                epoch=self._epoch,
+            )
+        )
+
+    def _rank_failed(self, group: Group, rank: Rank, word: SegmentFailed) -> None:
+        if rank.phase is R.FINISHED:
+            return
+        rank.phase = R.GONE
+        self._dissolve(group, f"{group.name(rank)} failed: {word.reason}", retryable=word.retryable)
+
+    def _rank_dropped(self, group: Group, rank: Rank) -> None:
+        if rank.phase is R.FINISHED:
+            return
+        rank.phase = R.GONE
+        # Unless asked, a rank drops only what somebody else (the scheduler) told it to drop.
+        self._dissolve(group, f"{group.name(rank)} dropped its segment", retryable=True)
+
+    # --- what follows ----------------------------------------------------------------------------
+
+    def _settle(self, group: Group) -> None:
+        """Take every step that the ranks' phases now allow, then set the deadline."""
+        while group.state is not G.GONE and self._advance(group):
+            pass
+        deadline_s = None if group.state is G.GONE else group.deadline_s(self._answer_s)
+        if deadline_s is None:
+            self._timers.drop(group.key)
+        else:
+            self._timers.at(deadline_s, group.key)
+
+    def _advance(self, group: Group) -> bool:
+        """One transition, if one is due."""
+        if group.state is G.FORMING:
+            return group.all_in(R.LOADED) and self._formed(group)
+        if group.state is G.DISSOLVING:
+            return group.all_in(R.GONE) and self._end(
+                group, self._failed(group.key, group.failure, retryable=group.retryable)
+            )
+        if group.state is G.FINISHING:
+            return group.all_in(R.FINISHED) and self._end(group, group.finished_word(self._cause))
+        if group.state is G.DECODING:
+            over = any(rank.phase is R.FINISHED or rank.finish_reason is not None for rank in group.ranks)
+            return over and self._finishing(group)
+        if group.all_in(*PREFILL_DONE):
+            self._move(group, G.DECODING)
+            self._say(group.prefill_finished_word(self._cause))
+            return True
+        if group.state is G.PAUSING:
+            return not group.in_phase(R.STOPPING) and self._stopped(group)
+        if group.state is G.RESUMING and not group.in_phase(R.STARTING):
+            self._move(group, G.PREFILLING)
+            self._say(self._word_of(group, GroupResumed))
+            return True
+        return group.state is G.PAUSED and not group.wish_pause and self._run(group, G.RESUMING)
+
+    def _formed(self, group: Group) -> bool:
+        self._say(self._word_of(group, GroupFormed))
+        if group.wish_pause:
+            self._move(group, G.PAUSED)
+            self._say(group.paused_word(self._cause))
+            return True
+        return self._run(group, G.PREFILLING)
+
+    def _run(self, group: Group, state: GroupState) -> bool:
+        group.wish_pause = False
+        self._move(group, state)
+        for rank in group.ranks:
+            if rank.phase not in PREFILL_DONE:
+                self._tell(group, rank, R.STARTING, RunSegment)
+        return True
+
+    def _stopped(self, group: Group) -> bool:
+        steps = group.steps_paused_at()
+        if len(steps) > 1:
+            told = ", ".join(f"{group.name(rank)} at {rank.step}" for rank in group.in_phase(R.PAUSED))
+            self._dissolve(group, f"the ranks stopped at different steps: {told}", retryable=True)
+            return True
+        # Said even if a resume was asked meanwhile: the pause happened, and is accounted for.
+        self._move(group, G.PAUSED)
+        self._say(group.paused_word(self._cause))
+        return True
+
+    def _finishing(self, group: Group) -> bool:
+        self._move(group, G.FINISHING)
+        for rank in group.in_phase(R.PREFILLED):
+            rank.asked_s = self._now_s
+        return True
+
+    def _dissolve(self, group: Group, reason: str, *, retryable: bool) -> None:
+        """Tell every rank that may hold something to drop it; the group ends when they have confirmed."""
+        if group.state is G.DISSOLVING:
+            return
+        group.failure, group.retryable = reason, retryable
+        self._move(group, G.DISSOLVING)
+        for rank in group.ranks:
+            if rank.phase is R.FINISHED:
+                rank.phase = R.GONE
+            elif rank.phase is not R.GONE:
+                self._tell(group, rank, R.DROPPING, DropSegment)
+        self._settle(group)
+
+    def _overdue(self, group: Group) -> None:
+        """Somebody's time is up: repeat what may be repeated, give up who is silent."""
+        due_s = self._now_s - self._answer_s
+        for rank in group.in_phase(R.STARTING):
+            if rank.asked_s <= due_s:
+                self._tell(group, rank, R.STARTING, RunSegment)
+        silent = [rank for rank in group.ranks if group.owes(rank) and rank.asked_s <= due_s]
+        for rank in silent:
+            self._silent(group, rank)
+        self._settle(group)
+
+    def _silent(self, group: Group, rank: Rank) -> None:
+        self._note(group.spec.request_id, f"{group.name(rank)}, {rank.phase}, is silent")
+        match group.state:
+            case G.DISSOLVING:
+                rank.phase = R.GONE
+            case G.FINISHING:
+                self._tell(group, rank, R.FINISHED, DropSegment)
+            case _:
+                owed = rank.phase
+                self._tell(group, rank, R.GONE, DropSegment)
+                self._dissolve(
+                    group,
+                    f"{group.name(rank)}, {owed}, has not answered for {self._answer_s:g} s",
+                    retryable=True,
+                )
+
+    def _end(self, group: Group, ending: GroupEnding) -> bool:
+        key = group.key
+        self._move(group, G.GONE)
+        del self._groups[key]
+        self._timers.drop(key)
+        self._endings[key] = ending
+        if len(self._endings) > ENDINGS_KEPT:
+            (forgotten, attempt), _ = self._endings.popitem(last=False)
+            if self._newest.get(forgotten) == attempt:
+                del self._newest[forgotten]
+        self._say(ending)
+        return True
+
+    # --- speaking --------------------------------------------------------------------------------
+
+    def _tell(
+        self, group: Group, rank: Rank, phase: RankPhase, order: Callable[..., RunSegment | PauseSegment | DropSegment]
+    ) -> None:
+        request_id, attempt = group.key
+        rank.phase, rank.asked_s = phase, self._now_s
+        self._say(
+            order(
+                worker_id=rank.worker_id,
+                request_id=request_id,
+                attempt=attempt,
+                cause=self._cause,
+                epoch=self._epoch,
+            )
+        )
+
+    def _word_of(self, group: Group, word: type[GroupFormed] | type[GroupResumed]) -> GroupFormed | GroupResumed:
+        request_id, attempt = group.key
+        return word(request_id=request_id, attempt=attempt, cause=self._cause)
+
+    def _failed(self, key: GroupKey, reason: str, *, retryable: bool) -> GroupFailed:
+        return GroupFailed(request_id=key[0], attempt=key[1], reason=reason, retryable=retryable, cause=self._cause)
+
+    def _say(self, command: CoordinatorCommand) -> None:
+        self._out.append(command)
+        request_id = command.spec.request_id if isinstance(command, LoadSegment) else command.request_id
+        self._note(request_id, f"→ {type(command).__name__}")
+
+    def _move(self, group: Group, target: GroupState) -> None:
+        before = group.state
+        group.move(target)
+        self._note(group.spec.request_id, f"{before} → {target}")
+
+    def _note(self, request_id: RequestId, what: str) -> None:
+        story = self._stories.get(request_id)
+        if story is None:
+            story = self._stories[request_id] = deque(maxlen=STORY_LINES_MAX)
+            if len(self._stories) > STORIES_KEPT:
+                self._stories.popitem(last=False)
+        story.append(f"{self._now_s:.3f} {self._cause}: {what}")

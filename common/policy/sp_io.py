@@ -1,0 +1,45 @@
+"""The SP coordinator's two closed unions: what it hears, what it says."""
+
+from __future__ import annotations
+
+from common.messages.base import Record
+from common.messages.sp import (
+    DissolveGroup,
+    DropSegment,
+    FormGroup,
+    GroupFailed,
+    GroupFinished,
+    GroupFormed,
+    GroupPaused,
+    GroupPrefillFinished,
+    GroupResumed,
+    LoadSegment,
+    PauseGroup,
+    PauseSegment,
+    ResumeGroup,
+    RunSegment,
+    SegmentDropped,
+    SegmentFailed,
+    SegmentFinished,
+    SegmentLoaded,
+    SegmentPaused,
+    SegmentPrefilled,
+    SegmentRunning,
+)
+from common.policy.core import TimePassed
+
+
+class StopAsked(Record, frozen=True, kw_only=True):
+    """From the shell: take no new group, dissolve all."""
+
+
+GroupOrder = FormGroup | PauseGroup | ResumeGroup | DissolveGroup
+MemberWord = (
+    SegmentLoaded | SegmentRunning | SegmentPaused | SegmentPrefilled | SegmentFinished | SegmentFailed | SegmentDropped
+)
+CoordinatorEvent = GroupOrder | MemberWord | StopAsked | TimePassed
+
+MemberOrder = LoadSegment | RunSegment | PauseSegment | DropSegment
+GroupEnding = GroupFinished | GroupFailed
+GroupWord = GroupFormed | GroupPaused | GroupResumed | GroupPrefillFinished | GroupEnding
+CoordinatorCommand = MemberOrder | GroupWord
