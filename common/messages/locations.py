@@ -6,7 +6,6 @@ from typing import Literal
 
 from common.messages.base import Record
 from common.messages.cluster import WorkerProfile
-from common.messages.requests import LengthClass, RequestSpec
 from common.units import Attempt, RequestId, RouterId, Tokens, WorkerId
 
 KvState = Literal["filling", "paused", "handoff", "receiving", "decoding"]
@@ -42,14 +41,3 @@ class RouterLease(Record, frozen=True, kw_only=True):
     router_id: RouterId
     address: str
     """host:port of its HTTP door."""
-
-
-class RequestRecord(Record, frozen=True, kw_only=True):
-    """What a scheduler must know of an accepted request after a restart, its own or a standby's."""
-
-    spec: RequestSpec
-    length_class: LengthClass
-    state: str
-    """State in the scheduler's transition table."""
-    workers: tuple[WorkerId, ...] = ()
-    """Whoever was ordered to hold KV for it."""

@@ -86,7 +86,8 @@ def read_journal(path: Path, event_types: Iterable[type[Any]]) -> Iterator[Journ
 
     `event_types`: the classes the core takes (`TimePassed` is known). Raises: JournalError, OSError.
     """
-    known: dict[str, type[Any]] = {cls.__name__: cls for cls in [*event_types, TimePassed]}
+    known: dict[str, type[Any]] = {TimePassed.__name__: TimePassed}
+    known.update((event_type.__name__, event_type) for event_type in event_types)
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise JournalError(f"{path} is not a journal of this version")
