@@ -1,0 +1,95 @@
+"""Keys and values of the sequences a worker holds: one contiguous block per sequence, reserved whole
+when the sequence is opened, so that a prefill once begun never runs out of room, and freed whole.
+
+Contiguous rather than paged: gathering pages costs as much as the attention itself on a CPU, and the
+bytes of one KV head of one layer can be sent from where they lie.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.units import RequestId
+from services.engine.interface import EngineError, KvFull
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """What the model fixes about its KV."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class SequenceKv:
+    """KV of one sequence. Tokens are written in any order of layers, in rising order within a layer."""
+
+    def __init__(self, shape: KvShape, capacity_tokens: int) -> None:
+        self.capacity_tokens = capacity_tokens
+        self._data = torch.empty(
+            (shape.layers, 2, shape.kv_heads, capacity_tokens, shape.head_dim), dtype=shape.dtype, device=shape.device
+        )
+
+    def clear(self) -> None:
+        """Zero everything: for measurements that read what nobody wrote."""
+        self._data.zero_()
+
+    def write(self, layer: int, start: int, key: Tensor, value: Tensor) -> None:
+        """`key`, `value`: [kv_heads, n, head_dim], for tokens [start, start + n)."""
+        part = slice(start, start + key.shape[1])
+        self._data[layer, 0, :, part] = key
+        self._data[layer, 1, :, part] = value
+
+    def read(self, layer: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Views of keys and values [1, kv_heads, end - start, head_dim]."""
+        return self._data[layer, 0:1, :, start:end], self._data[layer, 1:2, :, start:end]
+
+    def buffers(self, layer: int, start: int, tokens: int) -> tuple[memoryview, ...]:
+        """Bytes of tokens [start, start + tokens) in the order of `LayerKv.buffers`: views of the cache
+        itself on a CPU, copies from another device."""
+        part = self._data[layer, :, :, start : start + tokens]
+        if part.device.type != "cpu":
+            part = part.cpu()
+        raw = part.view(torch.uint8)  # [2, kv_heads, tokens, head_dim * itemsize]
+        return tuple(memoryview(head.numpy()).cast("B") for which in raw for head in which)
+
+
+class KvStore:
+    """The sequences' KV under one hard capacity in tokens."""
+
+    def __init__(self, shape: KvShape, capacity_tokens: int) -> None:
+        self.shape = shape
+        self.capacity_tokens = capacity_tokens
+        self._held: dict[RequestId, SequenceKv] = {}
+        self._used_tokens = 0
+
+    @property
+    def used_tokens(self) -> int:
+        """Reserved, not merely written; exact."""
+        return self._used_tokens
+
+    def reserve(self, request_id: RequestId, tokens: int) -> SequenceKv:
+        """Raises: KvFull, EngineError (already reserved)."""
+        if request_id in self._held:
+            raise EngineError(f"request {request_id} already holds KV")
+        free = self.capacity_tokens - self._used_tokens
+        if tokens > free:
+            raise KvFull(
+                f"request {request_id} needs KV for {tokens} tokens, {free} of {self.capacity_tokens} are free"
+            )
+        kv = SequenceKv(self.shape, tokens)
+        self._held[request_id] = kv
+        self._used_tokens += tokens
+        return kv
+
+    def free(self, request_id: RequestId) -> None:
+        """Idempotent."""
+        kv = self._held.pop(request_id, None)
+        if kv is not None:
+            self._used_tokens -= kv.capacity_tokens

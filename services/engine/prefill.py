@@ -1,0 +1,138 @@
+"""A pass as an iterator of steps: one layer of one ragged batch at a time.
+
+The first step also embeds, the last also computes the logits of the positions that sample. Between two
+steps everything is at rest: hidden state, rotary tables and the KV of the layers done are kept in the
+`PassRun`, and pausing is not asking for the next step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from services.engine.batch import HeldSequence, RaggedBatch
+from services.engine.interface import EngineError, LayerKv, Sampled
+from services.engine.model import LoadedModel
+from services.engine.sampler import sample
+
+
+class PassRun:
+    """One pass, from its first step to its sampled tokens. Not thread-safe: one caller at a time."""
+
+    def __init__(self, model: LoadedModel, batch: RaggedBatch, *, background: bool = False) -> None:
+        self.batch = batch
+        self.background = background
+        """A chunk of a long prefill and nothing else: it yields the CPU to shorter work."""
+        self.steps_done = 0
+        self.logits: Tensor | None = None  # [segments that sample, vocab], after the last step
+        self._model = model
+        self._hidden: Tensor | None = None  # [1, tokens, hidden]
+        self._rotary: tuple[Tensor, Tensor] | None = None  # each [1, tokens, rotary dim]
+        for row in batch.rows:
+            row.sequence.active_pass = self
+
+    @property
+    def finished(self) -> bool:
+        return self.steps_done == self._model.layers
+
+    def step(self) -> None:
+        """Run the next layer. Must be called in `torch.inference_mode`."""
+        if self.finished:
+            raise EngineError("the pass is finished")
+        decoder = self._model.decoder
+        if self._hidden is None or self._rotary is None:
+            self._hidden = decoder.embed_tokens(self.batch.token_ids)
+            self._rotary = rotary_tables(self._model, self._hidden, self.batch)
+        self._hidden = decoder.layers[self.steps_done](
+            self._hidden,
+            attention_mask=None,
+            position_ids=self.batch.positions,
+            past_key_values=None,
+            use_cache=False,
+            position_embeddings=self._rotary,
+            ctx=self.batch,
+        )
+        self.steps_done += 1
+        for row in self.batch.rows:
+            row.sequence.layer_tokens += row.tokens
+        if self.steps_done == self._model.layers:
+            self._conclude()
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+
+    def layer_kv(self, layer: int) -> list[tuple[HeldSequence, LayerKv]]:
+        """The KV this pass added to a layer it has done, for the sequences that have a sink."""
+        return [
+            (row.sequence, LayerKv(layer, row.start, row.tokens, row.sequence.kv.buffers(layer, row.start, row.tokens)))
+            for row in self.batch.rows
+            if row.sequence.sink is not None
+        ]
+
+    def settle(self) -> tuple[Sampled, ...]:
+        """Draw the next tokens, append them to their sequences and let go of these. Once, when finished."""
+        drawn = self._draw()
+        for row in self.batch.rows:
+            row.sequence.computed = row.start + row.tokens
+        for row, token in zip(self.batch.sampled, drawn, strict=True):
+            row.sequence.token_ids.append(token.token_id)
+        self.release()
+        return drawn
+
+    def drop(self, sequence: HeldSequence) -> None:
+        """Take one sequence out of a stopped pass; the others continue as if it had never been there."""
+        sequence.active_pass = None
+        if len(self.batch.rows) == 1:
+            return
+        self.batch, kept = self.batch.without(sequence)
+        if self._hidden is not None and self._rotary is not None:
+            cos, sin = self._rotary
+            self._hidden = self._hidden[:, kept]
+            self._rotary = (cos[:, kept], sin[:, kept])
+
+    def release(self) -> None:
+        """Let go of the sequences: another pass may take them."""
+        for row in self.batch.rows:
+            row.sequence.active_pass = None
+
+    def _conclude(self) -> None:
+        rows = self.batch.last_rows()
+        if rows and self._hidden is not None:
+            last = self._model.decoder.norm(self._hidden[0, rows])
+            self.logits = self._head()(last)
+        self._hidden = self._rotary = None
+
+    def _head(self) -> Any:
+        return self._model.module.lm_head
+
+    def _draw(self) -> tuple[Sampled, ...]:
+        if self.logits is None:
+            return ()
+        rows = self.batch.sampled
+        params = [row.sequence.spec.sampling for row in rows]
+        drawn = sample(self.logits, params, [row.sequence.output_index for row in rows])
+        return tuple(
+            Sampled(row.sequence.spec.request_id, token_id, logprob)
+            for row, (token_id, logprob) in zip(rows, drawn, strict=True)
+        )
+
+
+def rotary_tables(model: LoadedModel, hidden: Tensor, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the packed positions, each [1, tokens, rotary dim].
+
+    `longrope` (Phi-3 with a 128k context) takes other frequencies for sequences beyond the original
+    context: they depend on how long the *sequence* is, not the chunk, so each segment asks with its
+    sequence's last position appended. That is what transformers does for the prompt in one piece.
+    """
+    rotary = model.decoder.rotary_emb
+    if getattr(rotary, "rope_type", "default") != "longrope":
+        cos, sin = rotary(hidden, batch.positions)
+        return cos, sin
+    tables = []
+    for row in batch.rows:
+        positions = batch.positions[:, row.offset : row.offset + row.tokens]
+        last = max(row.sequence.prompt_tokens, row.start + row.tokens) - 1
+        cos, sin = rotary(hidden, torch.cat([positions, positions.new_tensor([[last]])], dim=1))
+        tables.append((cos[:, :-1], sin[:, :-1]))
+    return torch.cat([cos for cos, _ in tables], dim=1), torch.cat([sin for _, sin in tables], dim=1)

@@ -1,0 +1,239 @@
+"""`PrefillEngine` on torch: computes in its own threads, talks on the event loop's.
+
+Two threads, of which one computes at a time: chunks of long prefills run at a lower priority of the
+operating system (`long_nice`), so that on a shared CPU the decode workers and other prefill workers,
+which serve shorts, go first. A stop takes effect between two steps; the loop thread only sets a flag.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from common.messages.cluster import StepCost
+from common.messages.requests import RequestSpec
+from common.model_files import model_name
+from common.settings import PrefillWorkerSettings
+from common.units import RequestId
+from services.engine.batch import HeldSequence, pack
+from services.engine.calibrate import measure_step_cost
+from services.engine.convert import ensure_model
+from services.engine.interface import EngineError, EngineProfile, KvSink, LayerKv, PassResult, PrefillEngine, Segment
+from services.engine.kv_cache import KvShape, KvStore
+from services.engine.model import LoadedModel, load_model
+from services.engine.prefill import PassRun
+
+ROWS_MAX = 64
+"""Sequences in one pass; a bound, far above what the token limits of a pass let through."""
+
+
+class TorchPrefillEngine:
+    """See `PrefillEngine`. Starts its threads at the first pass."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        step_cost: StepCost,
+        *,
+        kv_capacity_tokens: int,
+        threads: int = 1,
+        long_nice: int = 0,
+    ) -> None:
+        self._model = model
+        self._store = KvStore(kv_shape(model), kv_capacity_tokens)
+        self._sequences: dict[RequestId, HeldSequence] = {}
+        self._running: PassRun | None = None
+        self._stop_wanted = threading.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._foreground = _thread("prefill", threads, 0)
+        self._background = _thread("prefill-long", threads, long_nice if model.device.type == "cpu" else 0)
+        self._profile = EngineProfile(
+            model_id=model.model_id,
+            model_fingerprint=model.fingerprint,
+            layers=model.layers,
+            kv_bytes_per_token=model.kv_bytes_per_token,
+            kv_capacity_tokens=kv_capacity_tokens,
+            context_tokens=model.context_tokens,
+            rows_max=ROWS_MAX,
+            step_cost=step_cost,
+        )
+
+    @property
+    def profile(self) -> EngineProfile:
+        return self._profile
+
+    @property
+    def kv_used_tokens(self) -> int:
+        return self._store.used_tokens
+
+    def tokens_computed(self, request_id: RequestId) -> int:
+        """Tokens of this sequence computed so far, summed over layers: `layers` times its computed
+        tokens when no pass is under way, unless something was computed twice."""
+        return self._held(request_id).layer_tokens
+
+    def open(self, spec: RequestSpec, token_ids: Sequence[int], sink: KvSink | None) -> None:
+        name = spec.request_id
+        if name in self._sequences:
+            raise EngineError(f"request {name} is already open")
+        prompt = list(token_ids)
+        if not prompt:
+            raise EngineError(f"request {name} has an empty prompt")
+        if min(prompt) < 0 or max(prompt) >= self._model.vocab:
+            raise EngineError(f"request {name} has token ids outside the vocabulary of {self._model.vocab}")
+        if len(prompt) + spec.max_tokens > self._model.context_tokens:
+            raise EngineError(
+                f"request {name}: {len(prompt)} prompt and {spec.max_tokens} new tokens exceed the context "
+                f"of {self._model.context_tokens}"
+            )
+        reserved = len(prompt) if sink is not None else len(prompt) + spec.max_tokens
+        self._sequences[name] = HeldSequence(spec, prompt, self._store.reserve(name, reserved), sink)
+
+    async def run(self, segments: Sequence[Segment]) -> PassResult:
+        self._refuse_if_running()
+        if len(segments) > ROWS_MAX:
+            raise EngineError(f"a pass of {len(segments)} segments, at most {ROWS_MAX} are allowed")
+        held = [(self._held(segment.request_id), segment) for segment in segments]
+        batch = pack(held, self._model.device)
+        background = all(row.sequence.sink is None for row in batch.rows) and any(row.tokens > 1 for row in batch.rows)
+        return await self._drive(PassRun(self._model, batch, background=background))
+
+    async def resume(self, request_id: RequestId) -> PassResult:
+        self._refuse_if_running()
+        stopped = self._held(request_id).active_pass
+        if stopped is None:
+            raise EngineError(f"request {request_id} is in no stopped pass")
+        return await self._drive(stopped)
+
+    def stop(self) -> None:
+        if self._running is not None:
+            self._stop_wanted.set()
+
+    def close(self, request_id: RequestId) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return
+        in_pass = sequence.active_pass
+        if in_pass is not None:
+            if in_pass is self._running:
+                raise EngineError(f"request {request_id} is being computed: stop the pass before closing it")
+            in_pass.drop(sequence)
+        del self._sequences[request_id]
+        self._store.free(request_id)
+
+    async def shutdown(self) -> None:
+        self.stop()
+        await self._idle.wait()
+        for request_id in list(self._sequences):
+            self.close(request_id)
+        self._foreground.shutdown()
+        self._background.shutdown()
+
+    def _held(self, request_id: RequestId) -> HeldSequence:
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            raise EngineError(f"request {request_id} is not open")
+        return sequence
+
+    def _refuse_if_running(self) -> None:
+        if self._running is not None:
+            raise EngineError("a pass is running: one at a time")
+
+    async def _drive(self, pass_run: PassRun) -> PassResult:
+        """Let a thread compute until the pass ends or is stopped. A caller that is cancelled stops the
+        pass and leaves when its step is done: no thread ever computes without somebody waiting."""
+        loop = asyncio.get_running_loop()
+        self._stop_wanted.clear()
+        self._idle.clear()
+        self._running = pass_run
+        executor = self._background if pass_run.background else self._foreground
+        computing = loop.run_in_executor(executor, self._compute, pass_run, loop)
+        try:
+            await asyncio.wait([computing])
+        except asyncio.CancelledError:
+            self._stop_wanted.set()
+            await _ended(computing)
+            raise
+        finally:
+            self._running = None
+            self._idle.set()
+        return computing.result()
+
+    def _compute(self, pass_run: PassRun, loop: asyncio.AbstractEventLoop) -> PassResult:
+        """In a compute thread: steps until the end or a stop."""
+        begun = ended = time.monotonic()
+        try:
+            with torch.inference_mode():
+                while not pass_run.finished:
+                    pass_run.step()
+                    ended = time.monotonic()
+                    if pieces := pass_run.layer_kv(pass_run.steps_done - 1):
+                        loop.call_soon_threadsafe(_deliver, pieces)
+                    if self._stop_wanted.is_set():
+                        break
+                sampled = pass_run.settle() if pass_run.finished else ()
+        except Exception as error:
+            pass_run.release()
+            raise EngineError(f"the pass failed after {pass_run.steps_done} steps: {error}") from error
+        return PassResult(
+            finished=pass_run.finished,
+            steps_done=pass_run.steps_done,
+            sampled=sampled,
+            compute_s=time.monotonic() - begun,
+            last_layer_computed_s=ended,
+        )
+
+
+def make_prefill_engine(settings: PrefillWorkerSettings) -> PrefillEngine:
+    """Load the model and measure it. Blocking, seconds. Raises: ModelError."""
+    torch.set_num_threads(settings.threads)
+    folder = ensure_model(settings.model, settings.cache_dir)
+    model = load_model(folder, dtype=settings.dtype, device=settings.device, model_id=model_name(settings.model))
+    return TorchPrefillEngine(
+        model,
+        measure_step_cost(model, tokens_max=settings.kv_capacity_tokens),
+        kv_capacity_tokens=settings.kv_capacity_tokens,
+        threads=settings.threads,
+        long_nice=settings.long_nice,
+    )
+
+
+def kv_shape(model: LoadedModel) -> KvShape:
+    return KvShape(model.layers, model.kv_heads, model.head_dim, model.dtype, model.device)
+
+
+def _deliver(pieces: list[tuple[HeldSequence, LayerKv]]) -> None:
+    """On the loop's thread."""
+    for sequence, kv in pieces:
+        if sequence.sink is not None:
+            sequence.sink(kv)
+
+
+async def _ended(computing: asyncio.Future[PassResult]) -> None:
+    """Wait for the thread, at most one step long, whoever cancels meanwhile. The result is nobody's."""
+    while not computing.done():
+        try:
+            await asyncio.wait([computing])
+        except asyncio.CancelledError:
+            continue
+    if not computing.cancelled():
+        computing.exception()
+
+
+def _thread(name: str, threads: int, nice: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix=name, initializer=_prepare, initargs=(threads, nice))
+
+
+def _prepare(threads: int, nice: int) -> None:
+    """Linux counts priority per thread, and the pool of torch's worker threads inherits this thread's."""
+    torch.set_num_threads(threads)
+    if nice and sys.platform == "linux":
+        me = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, me, min(19, os.getpriority(os.PRIO_PROCESS, me) + nice))
