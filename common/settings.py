@@ -53,12 +53,17 @@ class RouterSettings(ModelSettings, frozen=True, kw_only=True):
     port: Annotated[Port, Meta(description="HTTP port; 0: any free one")] = 8000
     served_model_name: Annotated[str, Meta(description="name in the API; empty: the model's own")] = ""
     api_key: Annotated[str, Meta(description="bearer token that clients must send; empty: none asked")] = ""
-    body_bytes_max: Annotated[Count, Meta(description="largest HTTP body or NATS payload in bytes")] = 100_000
+    body_bytes_max: Annotated[
+        int, Meta(ge=1, le=2**30, description="largest HTTP body or NATS payload in bytes")
+    ] = 4_194_304
     requests_max: Annotated[Count, Meta(description="requests in hand at once; more get 429")] = 2_000
     submit_patience_s: Annotated[Duration, Meta(description="how long to seek a scheduler before 503")] = 8.0
     stall_s: Annotated[Duration, Meta(description="longest silence on a request before it is given up")] = 600.0
     inline_tokens_max: Annotated[Count, Meta(description="longer prompts travel by reference")] = 4_096
     default_max_tokens: Annotated[Count, Meta(description="max_tokens where the client names none")] = 256
+    drain_s: Annotated[
+        Duration, Meta(description="at a stop, how long running requests may take before their clients get an error")
+    ] = 10.0
 
 
 class SchedulerSettings(CommonSettings, frozen=True, kw_only=True):

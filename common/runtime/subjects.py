@@ -19,6 +19,8 @@ SCHEDULER_QUERY = f"{ROOT}.scheduler.query"
 """Request/reply: a snapshot of the cluster, the story of a request."""
 COORDINATOR = f"{ROOT}.sp.inbox"
 """Everything the SP coordinator hears: scheduler and members."""
+ROUTERS_CANCEL = f"{ROOT}.routers.cancel"
+"""Asked by one router of all: who has this request (its id, UTF-8) cancels it and answers `cancelled`."""
 
 
 def worker(worker_id: WorkerId) -> str:
