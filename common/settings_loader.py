@@ -18,6 +18,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 import msgspec
 from msgspec import NODEFAULT, Meta
 
+from common.errors import StartupError
 from common.messages.base import Record
 from common.settings import EVERY_SETTINGS, POSITIONAL
 
@@ -28,7 +29,7 @@ BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false
 OWN_GROUP = "settings"
 
 
-class SettingsError(Exception):
+class SettingsError(StartupError):
     """A flag or variable is unknown, missing or has a value outside its bounds. One line, for the person."""
 
 

@@ -25,6 +25,8 @@ BACKOFF_S = 0.1
 BACKOFF_MAX_S = 5.0
 TAIL_LINES = 12
 TAIL_BYTES_MAX = 8_192
+EXIT_NOT_STARTED = 2
+"""What our roles return when they cannot start, with one line on stderr that says why."""
 REAP_S = 5.0
 """How long a process may take to vanish after SIGKILL."""
 
@@ -73,7 +75,8 @@ class Children:
     """`async with Children(say, restarts_max) as children:` — none of them outlives the block.
 
     `say` is told of every crash and restart, in words for a person. `given_up` is set, with
-    `given_up_reason`, when a child crashed too often; the others run on until they are stopped.
+    `given_up_reason`, when a child crashed too often, or when one says, before `started()`, that it
+    cannot start: trying again would not help then. The others run on until they are stopped.
     """
 
     def __init__(self, say: Callable[[str], None], restarts_max: int) -> None:
@@ -82,6 +85,7 @@ class Children:
         self._children: dict[str, _Child] = {}
         self._tasks = Supervisor()
         self._in_a_hurry = False
+        self._at_start = True
         self.given_up = asyncio.Event()
         self.given_up_reason = ""
 
@@ -103,6 +107,10 @@ class Children:
     def pids(self) -> dict[str, int]:
         """Process ids of the children that run, by name."""
         return {name: child.process.pid for name, child in self._children.items() if child.runs}
+
+    def started(self) -> None:
+        """All is well so far: from now on, every end counts as a crash and is followed by a restart."""
+        self._at_start = False
 
     async def stop(self, names: Iterable[str], grace_s: float) -> list[str]:
         """Ask these children to end, all at once, and kill those that have not within `grace_s`: their names."""
@@ -133,6 +141,9 @@ class Children:
 
     async def _watch(self, child: _Child) -> None:
         while await self._ended(child):
+            if self._at_start and child.process.returncode == EXIT_NOT_STARTED:
+                self._give_up(next(reversed(tail(child.spec.log, 1)), f"{child.spec.name} cannot start"))
+                return
             delay_s = child.budget.crashed(asyncio.get_running_loop().time())
             if delay_s is None:
                 self._give_up(f"{child.spec.name} crashed more than {self._restarts_max} times within a minute")

@@ -54,7 +54,8 @@ class EmbeddedServer:
         self.name = name
         self.port = port
         self.url = f"{scheme}://127.0.0.1:{port}"
-        self._command = command
+        self.command_line = command
+        """Writes what configuration the server needs into a folder; the command to run, for other supervisors."""
         self._hello = hello
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -110,7 +111,7 @@ class EmbeddedServer:
             raise StartupError(f"cannot start {self.name}: port {self.port} is taken")
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix=f"pecsched-{self.name}-")
-        command = self._command(Path(self._folder.name))
+        command = self.command_line(Path(self._folder.name))
         with self._log_path.open("wb") as output:
             self._process = await asyncio.create_subprocess_exec(
                 *command,

@@ -1,0 +1,114 @@
+"""What `pecsched serve` runs: which roles, under which names, with which settings. Starts nothing."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.messages.base import Record
+from common.settings import (
+    CoordinatorSettings,
+    DecodeWorkerSettings,
+    PrefillWorkerSettings,
+    RouterSettings,
+    SchedulerSettings,
+    ServeSettings,
+)
+from common.settings_loader import environment, load
+from services.children import ChildSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """One process: the command of `pecsched` it runs, and where its settings differ from serve's own."""
+
+    name: str
+    command: str
+    settings: type[Record]
+    instead: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All role processes, and the order in which they are drained."""
+
+    scheduler: Role
+    coordinator: Role
+    workers: tuple[Role, ...]
+    router: Role
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """In the order of their start: who is to be found first."""
+        return (self.scheduler, self.coordinator, *self.workers, self.router)
+
+    @property
+    def drain_order(self) -> tuple[tuple[str, ...], ...]:
+        """The door first, so that nothing new comes in; what still runs needs all the others."""
+        workers = tuple(worker.name for worker in self.workers)
+        return ((self.router.name,), workers, (self.coordinator.name,), (self.scheduler.name,))
+
+
+def make_plan(settings: ServeSettings, port: int) -> Plan:
+    """The roles of one machine; `port` is the router's, already found free."""
+    threads = settings.threads or threads_per_worker(settings.prefill_workers + settings.decode_workers, usable_cores())
+    shared: dict[str, object] = {"threads": threads, "data_secret": secrets.token_hex(16)}
+
+    def worker(kind: str, number: int, cls: type[Record]) -> Role:
+        name = f"{kind}-{number}"
+        return Role(name, f"{kind}-worker", cls, {**shared, "worker_id": name})
+
+    return Plan(
+        scheduler=Role("scheduler", "scheduler", SchedulerSettings, {}),
+        coordinator=Role("sp-coordinator", "sp-coordinator", CoordinatorSettings, {}),
+        workers=(
+            *(worker("prefill", number, PrefillWorkerSettings) for number in range(settings.prefill_workers)),
+            *(worker("decode", number, DecodeWorkerSettings) for number in range(settings.decode_workers)),
+        ),
+        router=Role("router", "router", RouterSettings, {"port": port}),
+    )
+
+
+def role_environment(
+    role: Role, settings: ServeSettings, env: Mapping[str, str], nats_url: str, redis_url: str
+) -> dict[str, str]:
+    """The environment of a role's process: serve's own, overlaid by serve's settings."""
+    instead = {"nats_url": nats_url, "redis_url": redis_url, **role.instead}
+    if settings.journal:
+        instead["journal"] = f"{settings.journal}.{role.name}"
+    overlay = environment(settings, role.settings, **instead)
+    if "threads" in role.instead:
+        overlay["OMP_NUM_THREADS"] = str(role.instead["threads"])
+    return {**env, **overlay}
+
+
+def check_roles(plan: Plan, settings: ServeSettings, env: Mapping[str, str]) -> None:
+    """Raises: SettingsError, if a variable that serve passes on would be refused by a role."""
+    for role in plan.roles:
+        load(role.settings, [], role_environment(role, settings, env, "nats://", "redis://"))
+
+
+def role_spec(
+    role: Role, settings: ServeSettings, env: Mapping[str, str], nats_url: str, redis_url: str, log_dir: Path
+) -> ChildSpec:
+    """How to start the role. `-P`: a folder named `services` where the user stands is not ours."""
+    return ChildSpec(
+        name=role.name,
+        command=(sys.executable, "-P", "-m", "services.cli", role.command),
+        log=log_dir / f"{role.name}.log",
+        env=role_environment(role, settings, env, nats_url, redis_url),
+    )
+
+
+def threads_per_worker(workers: int, cores: int) -> int:
+    """The cores, shared out; at least one each (the system then shares them in time)."""
+    return max(1, cores // workers)
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
