@@ -97,3 +97,16 @@ class Bus(Protocol):
     async def close(self) -> None:
         """Deliver what is pending, then disconnect."""
         ...
+
+
+HEADER_OVERHEAD_BYTES = 16
+"""`NATS/1.0` and the line ends around the headers."""
+
+
+def check_size(subject: str, data: bytes, headers: Mapping[str, str] | None, bytes_max: int) -> None:
+    """Refuse what the server would: it counts headers too, and cuts off whoever sends more. Raises: BusError."""
+    size = len(data)
+    if headers:
+        size += HEADER_OVERHEAD_BYTES + sum(len(k.encode()) + len(v.encode()) + 4 for k, v in headers.items())
+    if size > bytes_max:
+        raise BusError(f"message of {size} bytes on {subject}; the server takes at most {bytes_max}")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from common.logs import get_logger
-from common.runtime.bus import BusError, BusTimeout, Delivery, Endpoint, Handler, NoResponders, Subscription
+from common.runtime.bus import BusError, BusTimeout, Delivery, Endpoint, Handler, NoResponders, Subscription, check_size
 
 MAX_PAYLOAD = 1024 * 1024
 SUBSCRIPTION_PENDING_MAX = 65_536
@@ -210,8 +210,7 @@ class MemoryBus:
             raise BusError(f"{self.name} is closed")
         if not subject or any(c in " \t\r\n*>" for c in subject) or "" in subject.split("."):
             raise BusError(f"not a subject to publish on: {subject!r}")
-        if len(data) > self.max_payload:
-            raise BusError(f"message of {len(data)} bytes on {subject}; the server takes at most {self.max_payload}")
+        check_size(subject, data, headers, self.max_payload)
         delivery = Delivery(subject=subject, data=bytes(data), reply=reply, headers=dict(headers or {}))
         if self._connected:
             return self.broker._route(self, delivery)

@@ -16,7 +16,7 @@ from nats import micro
 from nats.aio.client import Client
 
 from common.logs import get_logger
-from common.runtime.bus import BusError, BusTimeout, Delivery, Endpoint, Handler, NoResponders, Subscription
+from common.runtime.bus import BusError, BusTimeout, Delivery, Endpoint, Handler, NoResponders, Subscription, check_size
 from common.runtime.urls import redacted
 
 RECONNECT_WAIT_S = 0.1
@@ -27,8 +27,6 @@ OUTAGE_BUFFER_BYTES_MAX = 4 * 1024 * 1024
 SUBSCRIPTION_PENDING_MAX = 65_536
 SUBSCRIPTION_PENDING_BYTES_MAX = 64 * 1024 * 1024
 CLOSE_S = 5.0
-HEADER_OVERHEAD_BYTES = 16
-"""`NATS/1.0` and the line ends around the headers, which the server counts as payload."""
 
 log = get_logger(__name__)
 
@@ -91,7 +89,7 @@ class NatsBus:
         self, subject: str, data: bytes, *, reply: str | None = None, headers: Mapping[str, str] | None = None
     ) -> None:
         """See `Bus`."""
-        self._check_size(subject, data, headers)
+        check_size(subject, data, headers, self.max_payload)
         async with _as_bus_errors(subject):
             await self._client.publish(subject, data, reply=reply or "", headers=dict(headers) if headers else None)
 
@@ -120,7 +118,7 @@ class NatsBus:
         self, subject: str, data: bytes, *, timeout_s: float, headers: Mapping[str, str] | None = None
     ) -> Delivery:
         """See `Bus`."""
-        self._check_size(subject, data, headers)
+        check_size(subject, data, headers, self.max_payload)
         try:
             async with _as_bus_errors(subject):
                 msg = await self._client.request(
@@ -197,14 +195,6 @@ class NatsBus:
     async def _settle(self) -> None:
         with contextlib.suppress(BusError):
             await self.flush()
-
-    def _check_size(self, subject: str, data: bytes, headers: Mapping[str, str] | None) -> None:
-        # The server counts headers too and ends the connection of whoever sends more; the client checks less.
-        size = len(data)
-        if headers:
-            size += HEADER_OVERHEAD_BYTES + sum(len(k.encode()) + len(v.encode()) + 4 for k, v in headers.items())
-        if size > self.max_payload:
-            raise BusError(f"message of {size} bytes on {subject}; the server takes at most {self.max_payload}")
 
     async def _failed(self, error: Exception) -> None:
         self._last_error = _reason(error)

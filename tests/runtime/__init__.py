@@ -1,0 +1,1 @@
+"""The runtime: buses, stores, wire, shell."""
