@@ -51,10 +51,17 @@ class KvArrival:
 
 
 class KvReceiver(Protocol):
-    """The receiving worker's side. Called on the event loop's thread; must not block."""
+    """The receiving worker's side. Called on the event loop's thread; must not block.
 
-    def accept(self, header: KvHeader) -> str | None:
-        """None: go on. A reason: refuse the transfer (unknown request, older attempt, other model)."""
+    Every stream that was accepted ends in exactly one of `arrived` and `broken`; after either, no memory
+    named by `buffers` is touched any more.
+    """
+
+    async def accept(self, header: KvHeader) -> str | None:
+        """None: go on. A reason: refuse the transfer (unknown request, older attempt, other model).
+
+        May wait within a bound, because the order that announces a request comes another way and can be
+        later than its KV; no byte of a layer is sent before the answer. Cancelled if the sender is gone."""
         ...
 
     def buffers(self, header: KvHeader, layer: int, start: int, tokens: int) -> tuple[memoryview, ...] | None:
@@ -98,7 +105,16 @@ class DataPlane(Protocol):
         shows in `finish`."""
         ...
 
-    async def close(self) -> None: ...
+    def refuse(self, request_id: RequestId, attempt: Attempt) -> None:
+        """Receive no more of this sequence: its stream, if one is accepted, ends in `broken`, at once or when
+        the piece now being received is done. (Its memory must not be given away before that.)"""
+        ...
+
+    async def close(self) -> None:
+        """End every stream and every connection; accepted streams hear `broken`."""
+        ...
 
 
 DataPlaneFactory = Callable[[KvReceiver | None], DataPlane]
+"""Opens the data plane of this worker, listening; called on the event loop. None: nothing is received here.
+Raises: OSError, if the address is taken."""
