@@ -1,0 +1,244 @@
+"""What a prefill worker holds, and the ways a request comes in, runs and ends. `prefill_worker.py` is the door.
+
+One pass runs at a time; one job per request id; each job ends once, and only when no effect touches it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from common.messages.cluster import Holding
+from common.messages.prefill import RunPrefill
+from common.messages.sp import LoadSegment
+from common.policy.core import InvariantViolated
+from common.policy.prefill_events import (
+    HandoffTarget,
+    OpenSequence,
+    PassSegment,
+    PrefillWorkerConfig,
+    ResumePass,
+    RunPass,
+    StopPass,
+)
+from common.policy.prefill_jobs import Job, LongJob, LongState, ShortJob, ShortState, Verdict
+from common.policy.prefill_outbox import Outbox
+from common.policy.prefill_passes import PassKind, next_pass
+from common.units import Attempt, RequestId
+
+STORY_LINES_MAX = 4_096
+
+
+@dataclass(slots=True, eq=False)
+class RunningPass:
+    pass_id: int
+    kind: PassKind
+    segments: tuple[PassSegment, ...]
+    stopping: bool = False
+
+    def __contains__(self, request_id: RequestId) -> bool:
+        return any(segment.request_id == request_id for segment in self.segments)
+
+
+class PrefillBooks:
+    """Mutated by `PrefillWorkerCore` alone."""
+
+    def __init__(self, config: PrefillWorkerConfig) -> None:
+        self.config = config
+        self.jobs: dict[RequestId, ShortJob | LongJob] = {}
+        self.running: RunningPass | None = None
+        self.last_kind: PassKind | None = None
+        self.out = Outbox(config.worker_id, config.layers)
+        self.now_s = 0.0
+        self._places = 0
+        self._passes = 0
+        self._story: deque[tuple[RequestId, str]] = deque(maxlen=STORY_LINES_MAX)
+
+    # --- views ---
+
+    def shorts(self) -> list[ShortJob]:
+        return [job for job in self.jobs.values() if isinstance(job, ShortJob)]
+
+    def longs(self) -> list[LongJob]:
+        return [job for job in self.jobs.values() if isinstance(job, LongJob)]
+
+    def in_pass(self, job: Job) -> bool:
+        return self.running is not None and job.request_id in self.running
+
+    def held(self, request_id: RequestId, attempt: Attempt) -> ShortJob | LongJob:
+        job = self.jobs.get(request_id)
+        if job is None or job.attempt != attempt:
+            raise InvariantViolated(
+                f"word of {request_id}/{attempt}, which is not held; story:\n" + "\n".join(self.story(request_id))
+            )
+        return job
+
+    def tell(self, request_id: RequestId, line: str) -> None:
+        self._story.append((request_id, f"{self.now_s:.6f} {self.out.cause} {line}"))
+
+    def holdings(self) -> tuple[Holding, ...]:
+        """All requests in hand, for heartbeats."""
+        held = [job.holding() for job in self.jobs.values()]
+        waiting = (job.successor for job in self.jobs.values() if job.successor is not None)
+        held += [
+            Holding(request_id=order.spec.request_id, attempt=order.spec.attempt, phase="queued", kv_tokens=0)
+            for order in waiting
+        ]
+        return tuple(held)
+
+    # --- coming in ---
+
+    def next_place(self) -> int:
+        """In the local queue, at its end."""
+        self._places += 1
+        return self._places
+
+    def admit(self, order: RunPrefill | LoadSegment) -> None:
+        spec = order.spec
+        refusal = self._refusal(order)
+        if refusal is not None:
+            if isinstance(order, RunPrefill):
+                self.out.prefill_failed(spec.request_id, spec.attempt, refusal)
+                self.out.kv_released(spec.request_id, spec.attempt)
+            else:
+                self.out.segment_failed(spec.request_id, spec.attempt, refusal)
+            return
+        place = self.next_place()
+        handoff = None
+        if isinstance(order, RunPrefill):
+            if spec.max_tokens > 1:
+                handoff = HandoffTarget(worker_id=order.decode_worker_id, address=order.decode_address)
+            self.jobs[spec.request_id] = ShortJob(spec=spec, order=place, handoff=handoff, received_s=self.now_s)
+        else:
+            self.jobs[spec.request_id] = LongJob(spec=spec, order=place)
+        self.out.do(OpenSequence(spec=spec, handoff=handoff))
+
+    def _refusal(self, order: RunPrefill | LoadSegment) -> Verdict | None:
+        if len(self.jobs) >= self.config.requests_max:
+            return Verdict("failed", f"{self.config.requests_max} requests are in hand already")
+        if isinstance(order, LoadSegment) and (
+            order.members != (self.config.worker_id,)
+            or [(part.start, part.tokens) for part in order.parts] != [(0, order.spec.prompt.tokens)]
+        ):
+            return Verdict("failed", "this worker prefills a long alone or not at all", retryable=False)
+        return None
+
+    # --- ending ---
+
+    def end(self, job: ShortJob | LongJob, verdict: Verdict) -> None:
+        """End it with the first verdict it got, as soon as nothing of it is under way."""
+        job.verdict = job.verdict or verdict
+        self.settle(job)
+
+    def settle(self, job: ShortJob | LongJob) -> None:
+        if self.running is not None and self.in_pass(job):
+            if self.running.kind == "chunk":
+                self.stop_pass()
+            return
+        if isinstance(job, LongJob):
+            if job.state is not LongState.LOADING:
+                self.close(job)
+            return
+        if job.state in (ShortState.OPENING, ShortState.ABORTING):
+            return
+        if job.handoff is not None and job.started:
+            job.move(ShortState.ABORTING, self.story)
+            self.out.abort_handoff(job)
+        else:
+            self.close(job)
+
+    def close(self, job: ShortJob | LongJob) -> None:
+        """Free what is held, say so to everyone who waits for it, take up what waited."""
+        freed = 0 if job.state in (ShortState.OPENING, LongState.LOADING) else job.kv_tokens
+        if freed:
+            self.out.close_sequence(job)
+        if isinstance(job, ShortJob):
+            job.move(ShortState.GONE, self.story)
+        else:
+            job.move(LongState.GONE, self.story)
+        del self.jobs[job.request_id]
+        self.tell(job.request_id, f"gone: {job.verdict or 'handed over'}")
+        self._say_farewell(job, freed)
+        if job.successor is not None:
+            self.admit(job.successor)
+
+    def _say_farewell(self, job: ShortJob | LongJob, freed: int) -> None:
+        verdict = job.verdict
+        asked = set(job.asked)
+        if isinstance(job, ShortJob):
+            if verdict is not None and verdict.kind == "failed":
+                self.out.prefill_failed(job.request_id, job.attempt, verdict)
+            self.out.kv_released(job.request_id, job.attempt, freed)
+            asked.discard(("scheduler", job.attempt))
+        elif verdict is not None and verdict.kind != "finished" and ("coordinator", job.attempt) not in asked:
+            self.out.segment_failed(job.request_id, job.attempt, verdict)
+        for asker, attempt in sorted(asked):
+            self.out.dropped(asker, job.request_id, attempt)
+
+    # --- passes ---
+
+    def start_next_pass(self) -> None:
+        if self.running is not None:
+            return
+        plan = next_pass(self.config, self.shorts(), self.longs(), self.last_kind)
+        if plan is None:
+            return
+        self._passes += 1
+        self.running = RunningPass(pass_id=self._passes, kind=plan.kind, segments=plan.segments)
+        if plan.resumed is not None:
+            self.out.do(ResumePass(pass_id=self._passes, request_id=plan.resumed.request_id))
+        else:
+            self.out.do(RunPass(pass_id=self._passes, segments=plan.segments))
+        for segment in plan.segments:
+            self._started(self.jobs[segment.request_id], segment)
+
+    def _started(self, job: Job, segment: PassSegment) -> None:
+        if isinstance(job, ShortJob):
+            job.move(ShortState.RUNNING, self.story)
+            if not job.started:
+                job.started = True
+                self.out.prefill_started(job, self.now_s - job.received_s)
+        elif isinstance(job, LongJob) and job.state is LongState.RUNNING:
+            job.started = True
+            job.chunk_tokens = segment.tokens
+            if job.running_since_s is None:
+                job.running_since_s = self.now_s
+
+    def stop_pass(self) -> None:
+        if self.running is not None and not self.running.stopping:
+            self.running.stopping = True
+            self.out.do(StopPass(pass_id=self.running.pass_id))
+
+    def story(self, request_id: RequestId) -> list[str]:
+        return [line for about, line in self._story if about == request_id]
+
+    # --- invariants ---
+
+    def check(self) -> None:
+        """Raises: InvariantViolated."""
+        for request_id, job in self.jobs.items():
+            in_pass = self.in_pass(job)
+            self._require(job.request_id == request_id, job, "is filed under another name")
+            self._require(0 <= job.prefilled <= job.spec.prompt.tokens, job, f"has {job.prefilled} tokens prefilled")
+            if isinstance(job, ShortJob):
+                self._require(in_pass == (job.state is ShortState.RUNNING), job, f"is {job.state}, in pass: {in_pass}")
+                waits = job.state in (ShortState.OPENING, ShortState.RUNNING, ShortState.ABORTING)
+                self._require(job.verdict is None or waits, job, f"is {job.state} though it ended")
+            else:
+                waits = in_pass or job.state is LongState.LOADING
+                self._require(job.verdict is None or waits, job, f"is {job.state} though it ended")
+                self._require(job.state is not LongState.PAUSING or in_pass, job, "is pausing without a pass")
+                self._require(job.chunk_steps < self.config.layers, job, f"stands at step {job.chunk_steps}")
+                self._require(job.generated < job.spec.max_tokens, job, f"generated {job.generated}")
+        if self.running is None:
+            left = next_pass(self.config, self.shorts(), self.longs(), self.last_kind)
+            if left is not None:
+                raise InvariantViolated(f"the engine idles while {left} could run")
+        elif any(segment.request_id not in self.jobs for segment in self.running.segments):
+            raise InvariantViolated(f"{self.running} has a request that is gone")
+
+    def _require(self, holds: bool, job: Job, what: str) -> None:
+        if not holds:
+            raise InvariantViolated(
+                f"{job.request_id}/{job.attempt} {what}; story:\n" + "\n".join(self.story(job.request_id))
+            )

@@ -1,0 +1,229 @@
+"""The prefill worker's two closed unions: what its core hears, what it orders.
+
+Orders and answers to other processes are the messages themselves. The records here stay inside the
+process: effects the shell performs, and the events in which each effect that can fail ends.
+"""
+
+from __future__ import annotations
+
+from common.messages.base import Record
+from common.messages.cluster import StepCost
+from common.messages.locations import KvLocation
+from common.messages.prefill import (
+    DropRequest,
+    KvReleased,
+    PrefillFailed,
+    PrefillFinished,
+    PrefillStarted,
+    RunPrefill,
+)
+from common.messages.requests import RequestSpec, TokenLogprob, TokensGenerated
+from common.messages.sp import (
+    DropSegment,
+    LoadSegment,
+    PauseSegment,
+    RunSegment,
+    SegmentDropped,
+    SegmentFailed,
+    SegmentFinished,
+    SegmentLoaded,
+    SegmentPaused,
+    SegmentPrefilled,
+    SegmentRunning,
+)
+from common.policy.core import TimePassed
+from common.units import Attempt, RequestId, Seconds, TokenId, Tokens, WorkerId
+
+
+class PrefillWorkerConfig(Record, frozen=True, kw_only=True):
+    """What an operator may set, and what the engine says of itself."""
+
+    worker_id: WorkerId
+    layers: int
+    step_cost: StepCost
+    chunk_tokens: int = 512
+    """Tokens of a long prompt per pass, at most."""
+    step_s_max: float = 0.030
+    """A step (one layer of one chunk) is sized to stay below."""
+    batch_tokens_max: int = 512
+    """Tokens of shorts prefilled in one pass."""
+    colocated_tokens_max: int = 192
+    """Tokens of shorts that share a pass with decoding longs."""
+    requests_max: int = 4_096
+    """Requests in hand at once; more are refused."""
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+class HandoffTarget(Record, frozen=True, kw_only=True):
+    """Where a short's KV goes while it is computed."""
+
+    worker_id: WorkerId
+    address: str
+    """host:port of its data plane."""
+
+
+class OpenSequence(Record, frozen=True, kw_only=True):
+    """Fetch the prompt and reserve KV. Ends in `SequenceOpened` or `OpenFailed`. With a target, the stream to it
+    begins with the first layer computed."""
+
+    spec: RequestSpec
+    handoff: HandoffTarget | None
+
+
+class CloseSequence(Record, frozen=True, kw_only=True):
+    """Free the sequence's KV. Never sent while a pass or a stream touches it."""
+
+    request_id: RequestId
+    attempt: Attempt
+
+
+class PassSegment(Record, frozen=True, kw_only=True):
+    """The tokens [start, start + tokens) of one sequence, as part of a pass."""
+
+    request_id: RequestId
+    start: Tokens
+    tokens: Tokens
+    sample: bool
+    """Draw a token from the logits of the last position."""
+
+
+class RunPass(Record, frozen=True, kw_only=True):
+    """Ends in `PassFinished`, `PassStopped` or `PassFailed`; until then no other pass is started."""
+
+    pass_id: int
+    segments: tuple[PassSegment, ...]
+
+
+class ResumePass(Record, frozen=True, kw_only=True):
+    """Continue the stopped pass that contains this sequence. Ends as `RunPass` does."""
+
+    pass_id: int
+    request_id: RequestId
+
+
+class StopPass(Record, frozen=True, kw_only=True):
+    """Let the pass end after the step it is in."""
+
+    pass_id: int
+
+
+class FinishHandoff(Record, frozen=True, kw_only=True):
+    """Send the rest and the trailer; ends in `HandoffFinished` or `HandoffFailed`."""
+
+    request_id: RequestId
+    attempt: Attempt
+    first_token: TokenId
+    first_logprob: TokenLogprob | None
+
+
+class AbortHandoff(Record, frozen=True, kw_only=True):
+    """End the stream, if one was begun. Ends in `HandoffFailed` (or `HandoffFinished`, if it was just done)."""
+
+    request_id: RequestId
+    attempt: Attempt
+
+
+class PlaceKv(Record, frozen=True, kw_only=True):
+    """Write to the store where KV lies. Nothing waits for it."""
+
+    location: KvLocation
+
+
+class ForgetKv(Record, frozen=True, kw_only=True):
+    request_id: RequestId
+
+
+# --- events --------------------------------------------------------------------------------------
+
+
+class SequenceOpened(Record, frozen=True, kw_only=True):
+    """The prompt is here and KV is reserved."""
+
+    request_id: RequestId
+    attempt: Attempt
+
+
+class OpenFailed(Record, frozen=True, kw_only=True):
+    """Nothing is held of the sequence."""
+
+    request_id: RequestId
+    attempt: Attempt
+    reason: str
+    retryable: bool = True
+
+
+class SampledToken(Record, frozen=True, kw_only=True):
+    request_id: RequestId
+    token_id: TokenId
+    logprob: TokenLogprob | None = None
+
+
+class PassFinished(Record, frozen=True, kw_only=True):
+    pass_id: int
+    sampled: tuple[SampledToken, ...]
+    """In segment order."""
+    compute_s: Seconds
+    """Since the pass was last started or resumed."""
+    last_layer_computed_s: Seconds
+
+
+class PassStopped(Record, frozen=True, kw_only=True):
+    """Between two steps, with `steps_done` of the pass's own steps done since its start."""
+
+    pass_id: int
+    steps_done: int
+    compute_s: Seconds
+
+
+class PassFailed(Record, frozen=True, kw_only=True):
+    """The sequences in it are in doubt; nothing of it runs any more."""
+
+    pass_id: int
+    reason: str
+
+
+class HandoffFinished(Record, frozen=True, kw_only=True):
+    """The receiver has verified everything; no view of the KV is touched any more."""
+
+    request_id: RequestId
+    attempt: Attempt
+
+
+class HandoffFailed(Record, frozen=True, kw_only=True):
+    """The stream ended before that (or never began); no view of the KV is touched any more."""
+
+    request_id: RequestId
+    attempt: Attempt
+    reason: str
+
+
+PrefillOrder = RunPrefill | DropRequest | LoadSegment | RunSegment | PauseSegment | DropSegment
+"""What comes over the bus."""
+
+PrefillLocalEvent = (
+    SequenceOpened | OpenFailed | PassFinished | PassStopped | PassFailed | HandoffFinished | HandoffFailed
+)
+
+PrefillEvent = PrefillOrder | PrefillLocalEvent | TimePassed
+
+ToScheduler = PrefillStarted | PrefillFinished | PrefillFailed | KvReleased
+ToCoordinator = (
+    SegmentLoaded | SegmentRunning | SegmentPaused | SegmentPrefilled | SegmentFinished | SegmentFailed | SegmentDropped
+)
+
+PrefillCommand = (
+    OpenSequence
+    | CloseSequence
+    | RunPass
+    | ResumePass
+    | StopPass
+    | FinishHandoff
+    | AbortHandoff
+    | PlaceKv
+    | ForgetKv
+    | TokensGenerated
+    | ToScheduler
+    | ToCoordinator
+)

@@ -1,0 +1,217 @@
+"""The requests a prefill worker has in hand, and their lives as tables.
+
+A short is opened (prompt fetched, KV reserved), waits its turn, runs in one or more passes, and is
+handed over; what it leaves early goes through `aborting` where a stream must end first. A long is loaded,
+runs, is paused and runs again, and decodes here. Both can end in every state; while an effect is under way
+(opening, a pass, a stream) the end waits for the effect's own event, remembered as the job's `verdict`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal, TypeVar
+
+from common.messages.cluster import Holding, HoldingPhase
+from common.messages.prefill import RunPrefill
+from common.messages.requests import FinishReason, RequestSpec
+from common.messages.sp import LoadSegment
+from common.policy.core import InvariantViolated
+from common.policy.prefill_events import HandoffTarget
+from common.units import Attempt, RequestId
+
+StateT = TypeVar("StateT", bound=StrEnum)
+Story = Callable[[RequestId], list[str]]
+
+
+class ShortState(StrEnum):
+    OPENING = "opening"
+    READY = "ready"
+    RUNNING = "running"
+    """In the pass that runs now."""
+    HANDOFF = "handoff"
+    """First token out; its KV is on the way."""
+    ABORTING = "aborting"
+    """Its stream is being ended."""
+    GONE = "gone"
+
+
+class LongState(StrEnum):
+    LOADING = "loading"
+    LOADED = "loaded"
+    RUNNING = "running"
+    """Its coordinator lets it run; whether a pass of it runs now is another matter."""
+    PAUSING = "pausing"
+    """Its pass was told to stop."""
+    PAUSED = "paused"
+    DECODING = "decoding"
+    GONE = "gone"
+
+
+S = ShortState
+L = LongState
+
+SHORT_TRANSITIONS: dict[ShortState, frozenset[ShortState]] = {
+    S.OPENING: frozenset({S.READY, S.GONE}),
+    S.READY: frozenset({S.RUNNING, S.ABORTING, S.GONE}),
+    S.RUNNING: frozenset({S.READY, S.HANDOFF, S.ABORTING, S.GONE}),
+    S.HANDOFF: frozenset({S.ABORTING, S.GONE}),
+    S.ABORTING: frozenset({S.GONE}),
+    S.GONE: frozenset(),
+}
+"""RUNNING → READY: more chunks to come. RUNNING → GONE: the first token was the last one and nothing
+was streamed, or the pass failed before anything was."""
+
+LONG_TRANSITIONS: dict[LongState, frozenset[LongState]] = {
+    L.LOADING: frozenset({L.LOADED, L.GONE}),
+    L.LOADED: frozenset({L.RUNNING, L.PAUSED, L.GONE}),
+    L.RUNNING: frozenset({L.PAUSING, L.PAUSED, L.DECODING, L.GONE}),
+    L.PAUSING: frozenset({L.RUNNING, L.PAUSED, L.DECODING, L.GONE}),
+    L.PAUSED: frozenset({L.RUNNING, L.GONE}),
+    L.DECODING: frozenset({L.GONE}),
+    L.GONE: frozenset(),
+}
+"""LOADED → PAUSED: a pause before the first step. RUNNING → PAUSED: no pass of it ran. PAUSING → DECODING:
+the prefill ended before the stop was heard. PAUSING → RUNNING: told to run again meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Why a job ends before its time."""
+
+    kind: Literal["dropped", "failed", "finished"]
+    reason: str = ""
+    retryable: bool = True
+
+
+Asker = Literal["scheduler", "coordinator"]
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """What shorts and longs have in common."""
+
+    spec: RequestSpec
+    order: int
+    """Place in the local queue."""
+    verdict: Verdict | None = None
+    asked: list[tuple[Asker, Attempt]] = field(default_factory=list)
+    """Who waits for the word that nothing is held any more, and of which attempt."""
+    successor: RunPrefill | LoadSegment | None = None
+    """An order for a later attempt, taken up when this one has ended: the engine knows one at a time."""
+    prefilled: int = 0
+    compute_s: float = 0.0
+
+    @property
+    def request_id(self) -> RequestId:
+        return self.spec.request_id
+
+    @property
+    def attempt(self) -> Attempt:
+        return self.spec.attempt
+
+    @property
+    def remaining(self) -> int:
+        return self.spec.prompt.tokens - self.prefilled
+
+
+@dataclass(slots=True, eq=False)
+class ShortJob(Job):
+    handoff: HandoffTarget | None = None
+    """None: its first token is its last."""
+    received_s: float = 0.0
+    state: ShortState = ShortState.OPENING
+    ready_s: float = 0.0
+    started: bool = False
+    """A pass with tokens of it has begun, and with it the stream."""
+
+    @property
+    def begun(self) -> bool:
+        return 0 < self.prefilled < self.spec.prompt.tokens
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.spec.prompt.tokens if self.handoff else self.spec.kv_tokens
+
+    def move(self, target: ShortState, story: Story) -> None:
+        """Raises: InvariantViolated, with the story, leaving the state as it was."""
+        _require_legal(SHORT_TRANSITIONS, self, self.state, target, story)
+        self.state = target
+
+    def holding(self) -> Holding:
+        phase: HoldingPhase = "queued"
+        if self.state in (S.HANDOFF, S.ABORTING):
+            phase = "handoff"
+        elif self.started:
+            phase = "prefill"
+        return _holding(self, phase, 0 if self.state is S.OPENING else self.kv_tokens)
+
+
+@dataclass(slots=True, eq=False)
+class LongJob(Job):
+    state: LongState = LongState.LOADING
+    started: bool = False
+    """Its first pass has begun: its place in the queue no longer matters."""
+    chunk_tokens: int = 0
+    """Of the chunk begun and not finished; 0: none."""
+    chunk_steps: int = 0
+    """Steps done of that chunk."""
+    steps: int = 0
+    """Steps of finished chunks."""
+    running_since_s: float | None = None
+    """Start of its first pass since it was last told to run."""
+    pause_received_s: float = 0.0
+    generated: int = 0
+    last_pause_latency_s: float = 0.0
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.spec.kv_tokens
+
+    @property
+    def steps_done(self) -> int:
+        return self.steps + self.chunk_steps
+
+    @property
+    def next_position(self) -> int:
+        """Of the token that the next decode row feeds."""
+        return self.spec.prompt.tokens + self.generated - 1
+
+    def move(self, target: LongState, story: Story) -> None:
+        """Raises: InvariantViolated, with the story, leaving the state as it was."""
+        _require_legal(LONG_TRANSITIONS, self, self.state, target, story)
+        self.state = target
+
+    def holding(self) -> Holding:
+        phase: HoldingPhase = "decode" if self.state is L.DECODING else "prefill"
+        return _holding(self, phase, 0 if self.state is L.LOADING else self.kv_tokens)
+
+
+def finish_reason(spec: RequestSpec, token_id: int, generated: int) -> FinishReason | None:
+    """Whether the token just drawn, the `generated`-th of this attempt, is the last one."""
+    if token_id in spec.stop_token_ids:
+        return "stop"
+    return "length" if generated >= spec.max_tokens else None
+
+
+def mermaid(table: dict[StateT, frozenset[StateT]], first: StateT) -> str:
+    """A table as a Mermaid state diagram, for ARCHITECTURE.md."""
+    lines = ["stateDiagram-v2", f"    [*] --> {first}"]
+    for source, targets in table.items():
+        lines += [f"    {source} --> {'[*]' if target == 'gone' else target}" for target in sorted(targets)]
+    return "\n".join(lines)
+
+
+def _holding(job: Job, phase: HoldingPhase, kv_tokens: int) -> Holding:
+    return Holding(request_id=job.request_id, attempt=job.attempt, phase=phase, kv_tokens=kv_tokens)
+
+
+def _require_legal(
+    table: dict[StateT, frozenset[StateT]], job: Job, current: StateT, target: StateT, story: Story
+) -> None:
+    if target not in table[current]:
+        raise InvariantViolated(
+            f"{job.request_id}/{job.attempt}: {current} → {target} is illegal; story:\n"
+            + "\n".join(story(job.request_id))
+        )
