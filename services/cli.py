@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common import logs
 from common.errors import PecSchedError
 from common.messages.base import Record
 from common.settings import (
@@ -129,6 +130,7 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
     try:
         command = _find(name)
         settings = load(command.settings, rest, os.environ if env is None else env, prog=f"pecsched {command.name}")
+        logs.setup(command.name, level="error", as_json=False)  # roles set up their own
         return command.run(settings)
     except SettingsError as error:
         return _complain(name, error, EXIT_MISUSE)

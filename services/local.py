@@ -40,7 +40,7 @@ from services.status import describe_cluster
 
 EXIT_NOT_STARTED = 2
 EXIT_GIVEN_UP = 1
-GIVEN_SERVER_S = 5.0
+GIVEN_SERVER_S = 3.0
 OWN_SERVER_S = 15.0
 POLL_S = 0.1
 ROLE_STOP_S = 8.0
