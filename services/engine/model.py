@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils.logging import disable_progress_bar
 
 from common.errors import StartupError
 from common.settings import DtypeName
@@ -75,6 +77,7 @@ def load_model(
     chosen_device = pick_device(device)
     chosen_dtype = pick_dtype(dtype, chosen_device)
     attention.register()
+    disable_progress_bar()
     module = _read_weights(location, chosen_dtype).to(chosen_device).eval()
     return LoadedModel(
         model_id=model_id or location.name,
@@ -163,7 +166,7 @@ def _read_weights(location: Path, dtype: torch.dtype) -> Any:
         module, report = AutoModelForCausalLM.from_pretrained(
             location, dtype=dtype, attn_implementation=attention.NAME, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot read the weights of model {location}: {_first_line(error)}") from error
     if report["missing_keys"]:
         names = sorted(report["missing_keys"])

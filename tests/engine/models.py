@@ -80,8 +80,8 @@ def reference_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
 
 
-def reference_greedy(model: Any, prompt: Sequence[int], tokens: int) -> list[int]:
-    """What transformers' `generate` answers."""
+def reference_greedy(model: Any, prompt: Sequence[int], tokens: int) -> tuple[list[int], torch.Tensor]:
+    """What transformers' `generate` answers, and the logits [tokens, vocab] each token was taken from."""
     ids = torch.tensor([list(prompt)])
     with torch.no_grad():
         out = model.generate(
@@ -92,12 +92,7 @@ def reference_greedy(model: Any, prompt: Sequence[int], tokens: int) -> list[int
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
         )
-    return list(out[0, len(prompt) :].tolist())
-
-
-def reference_logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
-    """Logits after the last token, [vocab]."""
-    with torch.no_grad():
-        last: torch.Tensor = model(torch.tensor([list(ids)])).logits[0, -1]
-    return last
+    return out.sequences[0, len(prompt) :].tolist(), torch.cat(out.logits)

@@ -1,0 +1,78 @@
+"""The private operators that return the log-sum-exp, and the merge, against the plain formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from services.engine.attention import attend, merge_attention, plain_attention
+
+HEADS = [(9, 3), (4, 4), (8, 1)]
+
+
+def inputs(heads: tuple[int, int], tokens: int, keys: int, head_dim: int = 16) -> tuple[torch.Tensor, ...]:
+    made = torch.Generator().manual_seed(heads[0] + tokens + keys)
+    query = torch.randn(1, heads[0], tokens, head_dim, generator=made)
+    return query, *(torch.randn(1, heads[1], keys, head_dim, generator=made) for _ in range(2))
+
+
+def formula(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """softmax(q kᵀ scaling) v, head by head, in double."""
+    out = torch.empty_like(query, dtype=torch.float64)
+    group = query.shape[1] // key.shape[1]
+    for head in range(query.shape[1]):
+        q, k, v = query[0, head].double(), key[0, head // group].double(), value[0, head // group].double()
+        out[0, head] = torch.softmax(q @ k.T * scaling, -1) @ v
+    return out
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("tokens", "keys"), [(1, 1), (1, 70), (5, 33), (40, 700)])
+def test_attend_without_mask(heads: tuple[int, int], tokens: int, keys: int) -> None:
+    query, key, value = inputs(heads, tokens, keys)
+    out, lse = attend(query, key, value, 0.3)
+    torch.testing.assert_close(out.double(), formula(query, key, value, 0.3), atol=2e-6, rtol=1e-5)
+    wanted = torch.logsumexp(
+        (query.double() @ key.double().repeat_interleave(heads[0] // heads[1], 1).transpose(-1, -2)) * 0.3, -1
+    )
+    torch.testing.assert_close(lse.double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("tokens", [1, 2, 31, 130])
+@pytest.mark.parametrize("implementation", [attend, plain_attention])
+def test_causal_rows_see_only_what_is_before_them(heads: tuple[int, int], tokens: int, implementation: object) -> None:
+    query, key, value = inputs(heads, tokens, tokens)
+    if implementation is attend:
+        out, _ = attend(query, key, value, 0.25, causal=True)
+    else:
+        out, _ = plain_attention(query, key, value, 0.25, True)
+    for at in (0, tokens // 2, tokens - 1):
+        wanted = formula(query[:, :, at : at + 1], key[:, :, : at + 1], value[:, :, : at + 1], 0.25)
+        torch.testing.assert_close(out[:, :, at : at + 1].double(), wanted, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cut", [1, 17, 49])
+def test_merge_of_two_parts_is_the_whole(cut: int) -> None:
+    query, key, value = inputs((9, 3), 6, 50)
+    whole, whole_lse = attend(query, key, value, 0.5)
+    first = attend(query, key[:, :, :cut], value[:, :, :cut], 0.5)
+    second = attend(query, key[:, :, cut:], value[:, :, cut:], 0.5)
+    for out, lse in (merge_attention(*first, *second), merge_attention(*second, *first)):
+        torch.testing.assert_close(out, whole, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(lse, whole_lse, atol=2e-6, rtol=1e-5)
+
+
+def test_merge_with_nothing_changes_nothing() -> None:
+    query, key, value = inputs((4, 4), 3, 20)
+    out, lse = attend(query, key, value, 1.0)
+    merged, merged_lse = merge_attention(out, lse, torch.zeros_like(out), torch.full_like(lse, -torch.inf))
+    torch.testing.assert_close(merged, out, atol=0, rtol=0)
+    torch.testing.assert_close(merged_lse, lse, atol=0, rtol=0)
+
+
+def test_merge_survives_very_different_magnitudes() -> None:
+    out_a, out_b = torch.ones(1, 1, 1, 4), torch.full((1, 1, 1, 4), 2.0)
+    merged, lse = merge_attention(out_a, torch.tensor([[[-400.0]]]), out_b, torch.tensor([[[300.0]]]))
+    assert torch.equal(merged, out_b)
+    assert lse.item() == 300.0
