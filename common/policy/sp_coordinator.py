@@ -24,8 +24,6 @@ from common.messages.sp import (
     DropSegment,
     FormGroup,
     GroupFailed,
-    GroupFormed,
-    GroupResumed,
     LoadSegment,
     PauseGroup,
     PauseSegment,
@@ -44,6 +42,7 @@ from common.policy.sp_group import (
     PREFILL_DONE,
     Group,
     GroupKey,
+    GroupStanding,
     GroupState,
     Rank,
     RankPhase,
@@ -115,6 +114,11 @@ class SpCoordinator:
         """Every group that has not ended, for the heartbeat."""
         return tuple(self._groups)
 
+    def standings(self) -> list[GroupStanding]:
+        """For the heartbeat: again what was said when each group came to where it stands. Receivers that heard
+        it know it by their own state; for one that did not, the lost word costs a heartbeat, not a hang."""
+        return [word for group in self._groups.values() for word in group.standing("standing")]
+
     def state_of(self, request_id: RequestId, attempt: Attempt) -> GroupState:
         group = self._groups.get((request_id, attempt))
         return G.GONE if group is None else group.state
@@ -173,8 +177,6 @@ class SpCoordinator:
         spec = order.spec
         key = (spec.request_id, spec.attempt)
         if known is not None:
-            if known.state is not G.FORMING:
-                self._say(self._word_of(known, GroupFormed))
             self._say_where_it_stands(known)
             return
         newest = self._newest.get(spec.request_id)
@@ -242,20 +244,12 @@ class SpCoordinator:
                 group.wish_pause = False
             case G.RESUMING:
                 pass  # answered when the last rank runs
-            case G.PREFILLING:
-                self._say(self._word_of(group, GroupResumed))
             case _:
                 self._say_where_it_stands(group)
 
     def _say_where_it_stands(self, group: Group) -> None:
-        """Again what was said when it came there. Nothing where the next word is still to come."""
-        match group.state:
-            case G.PAUSED:
-                self._say(group.paused_word(self._cause))
-            case G.DECODING:
-                self._say(group.prefill_finished_word(self._cause))
-            case _:
-                pass
+        for word in group.standing(self._cause):
+            self._say(word)
 
     # --- words of the members --------------------------------------------------------------------
 
@@ -357,12 +351,12 @@ class SpCoordinator:
             return not group.in_phase(R.STOPPING) and self._stopped(group)
         if group.state is G.RESUMING and not group.in_phase(R.STARTING):
             self._move(group, G.PREFILLING)
-            self._say(self._word_of(group, GroupResumed))
+            self._say(group.resumed_word(self._cause))
             return True
         return group.state is G.PAUSED and not group.wish_pause and self._run(group, G.RESUMING)
 
     def _formed(self, group: Group) -> bool:
-        self._say(self._word_of(group, GroupFormed))
+        self._say(group.formed_word(self._cause))
         if group.wish_pause:
             self._move(group, G.PAUSED)
             self._say(group.paused_word(self._cause))
@@ -463,10 +457,6 @@ class SpCoordinator:
                 epoch=self._epoch,
             )
         )
-
-    def _word_of(self, group: Group, word: type[GroupFormed] | type[GroupResumed]) -> GroupFormed | GroupResumed:
-        request_id, attempt = group.key
-        return word(request_id=request_id, attempt=attempt, cause=self._cause)
 
     def _failed(self, key: GroupKey, reason: str, *, retryable: bool) -> GroupFailed:
         return GroupFailed(request_id=key[0], attempt=key[1], reason=reason, retryable=retryable, cause=self._cause)

@@ -27,11 +27,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from common.messages.requests import FinishReason, RequestSpec
-from common.messages.sp import GroupFinished, GroupPaused, GroupPrefillFinished, SegmentPart
+from common.messages.sp import GroupFinished, GroupFormed, GroupPaused, GroupPrefillFinished, GroupResumed, SegmentPart
 from common.policy.core import InvariantViolated
 from common.units import Attempt, RequestId, WorkerId
 
 GroupKey = tuple[RequestId, Attempt]
+GroupStanding = GroupFormed | GroupPaused | GroupResumed | GroupPrefillFinished
 
 
 class GroupState(StrEnum):
@@ -159,6 +160,24 @@ class Group:
         """When the first rank that owes an answer counts as silent, or the first `RunSegment` is repeated."""
         asked = [rank.asked_s for rank in self.ranks if self.owes(rank) or rank.phase is R.STARTING]
         return min(asked) + answer_s if asked else None
+
+    def standing(self, cause: str) -> list[GroupStanding]:
+        """Again what was said when it came where it stands; nothing where the next word is still to come."""
+        match self.state:
+            case G.PREFILLING:
+                return [self.formed_word(cause), self.resumed_word(cause)]
+            case G.PAUSED:
+                return [self.formed_word(cause), self.paused_word(cause)]
+            case G.DECODING:
+                return [self.prefill_finished_word(cause)]
+            case _:
+                return []
+
+    def formed_word(self, cause: str) -> GroupFormed:
+        return GroupFormed(request_id=self.spec.request_id, attempt=self.spec.attempt, cause=cause)
+
+    def resumed_word(self, cause: str) -> GroupResumed:
+        return GroupResumed(request_id=self.spec.request_id, attempt=self.spec.attempt, cause=cause)
 
     def paused_word(self, cause: str) -> GroupPaused:
         request_id, attempt = self.key

@@ -4,6 +4,7 @@
 |----------------------------------------|-----------------|----------------------------------|--------------|
 | `pecsched:v1:lease:scheduler`          | schedulers      | schedulers, `pecsched status`    | lease        |
 | `pecsched:v1:lease:scheduler:term`     | the lease script| the lease script                 | none         |
+| `pecsched:v1:lease:coordinator`        | coordinators    | coordinators, people             | lease        |
 | `pecsched:v1:lease:worker:<worker>`    | that worker     | scheduler, `pecsched status`     | lease        |
 | `pecsched:v1:lease:router:<router>`    | that router     | scheduler, `pecsched status`     | lease        |
 | `pecsched:v1:request:<request>`        | scheduler       | a scheduler that takes over      | an hour      |
@@ -26,6 +27,12 @@ def scheduler_lease() -> str:
     """Who schedules. Writer: whichever scheduler holds it, its owner name; taken with `acquire_lease`, so
     that the term (the epoch of its orders) rises with every holder. Readers: standbys, people. TTL: the lease."""
     return f"{ROOT}:lease:scheduler"
+
+
+def coordinator_lease() -> str:
+    """Who forms groups: of two coordinators that hear the same orders, only the holder obeys. Writer:
+    whichever holds it, its owner name. Readers: standbys, people. TTL: the lease."""
+    return f"{ROOT}:lease:coordinator"
 
 
 def term(lease_key: str) -> str:

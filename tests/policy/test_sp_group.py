@@ -360,13 +360,15 @@ def test_repeated_orders_are_answered_again():
     assert scene.order(FormGroup) == []
     scene.word(SegmentLoaded)
     scene.word(SegmentRunning)
-    assert kinds(scene.order(FormGroup)) == [GroupFormed]
-    assert kinds(scene.order(ResumeGroup)) == [GroupResumed]
+    assert kinds(scene.order(FormGroup)) == [GroupFormed, GroupResumed]
+    assert kinds(scene.order(ResumeGroup)) == [GroupFormed, GroupResumed]
+    assert kinds(scene.core.standings()) == [GroupFormed, GroupResumed]
     scene.order(PauseGroup)
     assert scene.order(PauseGroup) == []
     scene.word(SegmentPaused)
-    assert kinds(scene.order(PauseGroup)) == [GroupPaused]
+    assert kinds(scene.order(PauseGroup)) == [GroupFormed, GroupPaused]
     scene.order(ResumeGroup)
+    assert scene.core.standings() == []
     assert scene.order(ResumeGroup) == []
 
 

@@ -1,0 +1,300 @@
+"""The scheduler's shell: one active process runs the core, any number stand by for its lease.
+
+For each event: the records that a successor or a person needs are written in one transaction, then the
+messages go out. If the store does not answer within a bound, the messages go out all the same: who runs
+what is known to workers and routers, a successor learns it from their heartbeats, and a record that comes late
+costs a person a stale view, while a scheduler that waits costs every client its answer. Records not
+written are kept, latest per request, and written when the store is back; each failure is counted
+(`store_errors`) and shown in the cluster view.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import msgspec
+
+from common.logs import get_logger
+from common.messages.base import Message
+from common.messages.cluster import CoordinatorHeartbeat, RouterHeartbeat, RouterLeft, WorkerHeartbeat, WorkerLeft
+from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, DecodeStarted, ExpectKv
+from common.messages.prefill import (
+    DropRequest,
+    KvReleased,
+    PrefillFailed,
+    PrefillFinished,
+    PrefillStarted,
+    RunPrefill,
+)
+from common.messages.scheduling import (
+    CancelRequested,
+    RequestAccepted,
+    RequestFailed,
+    RequestInterrupted,
+    RequestRefused,
+    RequestSubmitted,
+)
+from common.messages.sp import (
+    DissolveGroup,
+    FormGroup,
+    GroupFailed,
+    GroupFinished,
+    GroupFormed,
+    GroupPaused,
+    GroupPrefillFinished,
+    GroupResumed,
+    PauseGroup,
+    ResumeGroup,
+)
+from common.messages.views import ClusterView, DescribeCluster, QueryFailed, StoryTold, TellStory
+from common.policy.cluster import SchedulerConfig
+from common.policy.scheduler import Scheduler
+from common.policy.scheduler_io import EndBusRequest, ForgetRequest, SaveRequest, SchedulerCommand, SchedulerEvent
+from common.runtime import keys, subjects
+from common.runtime.bus import Bus, BusError, Delivery
+from common.runtime.lease import Lease
+from common.runtime.shell import CoreShell, JournalSink, MailboxFull
+from common.runtime.store import Delete, Put, Store, StoreError, Write
+from common.runtime.supervisor import Supervisor
+from common.runtime.wire import WireError, decode, encode, encode_record
+from common.settings import SchedulerSettings
+from common.units import RequestId
+
+log = get_logger(__name__)
+
+Heard = (
+    RequestSubmitted
+    | CancelRequested
+    | RouterHeartbeat
+    | RouterLeft
+    | WorkerHeartbeat
+    | WorkerLeft
+    | PrefillStarted
+    | PrefillFinished
+    | PrefillFailed
+    | KvReleased
+    | DecodeStarted
+    | DecodeFinished
+    | DecodeBusy
+    | DecodeFailed
+    | CoordinatorHeartbeat
+    | GroupFormed
+    | GroupPaused
+    | GroupResumed
+    | GroupPrefillFinished
+    | GroupFinished
+    | GroupFailed
+)
+Query = DescribeCluster | TellStory
+
+RECORD_TTL_S = 3_600.0
+"""Of a request's record: nothing outlives its cluster for longer."""
+WRITE_S = 0.5
+"""How long the messages of an event wait for its records."""
+STORE_REST_S = 2.0
+"""After a failure, how long messages go out without trying the store."""
+UNWRITTEN_MAX = 20_000
+"""Records kept for a store that is away; the oldest are given up (they expire by themselves)."""
+DONE_HEADER = "Pecsched-Done"
+
+JournalOf = Callable[[int], AbstractContextManager[JournalSink | None]]
+"""The journal of the run under this epoch. A replay needs the epoch and the settings."""
+
+
+def no_journal(_epoch: int) -> AbstractContextManager[JournalSink | None]:
+    return nullcontext()
+
+
+def config_of(settings: SchedulerSettings) -> SchedulerConfig:
+    """What the core needs of the settings; names are the same in both."""
+    return SchedulerConfig(**{name: getattr(settings, name) for name in SchedulerConfig.__struct_fields__})
+
+
+class RequestRecords:
+    """The scheduler's records in the store; see the top of this file for what happens without it."""
+
+    def __init__(self, store: Store) -> None:
+        self.errors = 0
+        self._store = store
+        self._unwritten: OrderedDict[RequestId, Write] = OrderedDict()
+        self._rest_until_s = 0.0
+
+    async def write(self, commands: Iterable[SaveRequest | ForgetRequest]) -> None:
+        """One transaction; returns within `WRITE_S` whatever happens."""
+        for command in commands:
+            request_id = command.record.spec.request_id if isinstance(command, SaveRequest) else command.request_id
+            self._unwritten.pop(request_id, None)
+            self._unwritten[request_id] = (
+                Put(keys.request(request_id), encode_record(command.record), RECORD_TTL_S)
+                if isinstance(command, SaveRequest)
+                else Delete(keys.request(request_id))
+            )
+        while len(self._unwritten) > UNWRITTEN_MAX:
+            self._unwritten.popitem(last=False)
+        now_s = asyncio.get_running_loop().time()
+        if not self._unwritten or now_s < self._rest_until_s:
+            return
+        try:
+            await asyncio.wait_for(self._store.commit(list(self._unwritten.values())), WRITE_S)
+            self._unwritten.clear()
+        except (StoreError, TimeoutError) as error:
+            self.errors += 1
+            self._rest_until_s = now_s + STORE_REST_S
+            log.warning("records could not be written", waiting=len(self._unwritten), error=str(error) or "no answer")
+
+    async def forget_former(self) -> None:
+        """Records of an earlier scheduler. Its requests are submitted again by their routers, which own them,
+        and recorded anew; those of lost routers have nobody left to serve."""
+        try:
+            former = await self._store.scan(keys.requests())
+            await self._store.commit([Delete(key) for key in former])
+        except StoreError as error:
+            self.errors += 1
+            log.warning("records of an earlier scheduler remain until they expire", error=str(error))
+
+
+class SchedulerService:
+    """`owner` names this process among schedulers, new at every start."""
+
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        bus: Bus,
+        store: Store,
+        *,
+        owner: str,
+        journal_of: JournalOf = no_journal,
+    ) -> None:
+        self.epoch: int | None = None
+        """Of the orders given; None: standing by."""
+        self.core: Scheduler | None = None
+        self._settings = settings
+        self._bus = bus
+        self._journal_of = journal_of
+        self._lease = Lease(store, keys.scheduler_lease(), owner, settings.lease_s)
+        self._records = RequestRecords(store)
+        self._shell: CoreShell[SchedulerEvent, SchedulerCommand] | None = None
+        self._stop = asyncio.Event()
+        self._counts = {"bus_errors": 0, "refused_messages": 0, "dropped_messages": 0}
+
+    def __repr__(self) -> str:
+        return f"SchedulerService({'standing by' if self.epoch is None else f'epoch {self.epoch}'})"
+
+    @property
+    def store_errors(self) -> int:
+        return self._records.errors
+
+    def stop(self) -> None:
+        """Take no more messages, let `run` return. What runs goes on without a scheduler until the next one."""
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Stand by, then serve until stopped or cancelled. Raises: LeaseLost, and whatever the core raised."""
+        try:
+            async with Supervisor() as tasks:
+                taken = tasks.spawn(self._lease.acquire(), name="scheduler lease")
+                stopped = tasks.spawn(self._stop.wait(), name="scheduler stop")
+                await asyncio.wait([taken, stopped], return_when=asyncio.FIRST_COMPLETED)
+                if self._stop.is_set():
+                    return
+                tasks.spawn(self._lease.keep(), name="scheduler lease renewal")
+                await self._records.forget_former()
+                await self._serve(tasks, epoch=taken.result())
+        finally:
+            await self._lease.release()
+
+    async def _serve(self, tasks: Supervisor, epoch: int) -> None:
+        self.core = Scheduler(config_of(self._settings), epoch)
+        with self._journal_of(epoch) as journal:
+            shell = self._shell = CoreShell("scheduler", self.core, self._perform, journal=journal)
+            running = tasks.spawn(shell.run(), name="scheduler core")
+            inbox = await self._bus.subscribe(subjects.SCHEDULER, self._receive)
+            queries = await self._bus.subscribe(subjects.SCHEDULER_QUERY, self._answer)
+            self.epoch = epoch
+            log.info("scheduling", epoch=epoch, policy=self._settings.policy)
+            await self._stop.wait()
+            await queries.unsubscribe()
+            await inbox.unsubscribe()
+            await shell.drained()
+            running.cancel()
+            await asyncio.wait([running])
+
+    async def _receive(self, delivery: Delivery) -> None:
+        assert self._shell is not None
+        try:
+            self._shell.tell(decode(delivery.data, Heard))
+        except WireError as error:
+            self._counts["refused_messages"] += 1
+            log.error("a message was refused", subject=delivery.subject, error=str(error))
+        except MailboxFull as error:
+            # Routers submit again, heartbeats repeat what holds: a lost message costs seconds.
+            self._counts["dropped_messages"] += 1
+            log.error("a message was dropped", error=str(error))
+
+    # --- commands --------------------------------------------------------------------------------
+
+    async def _perform(self, commands: list[SchedulerCommand]) -> None:
+        await self._records.write(c for c in commands if isinstance(c, SaveRequest | ForgetRequest))
+        for command in commands:
+            match command:
+                case SaveRequest() | ForgetRequest():
+                    pass  # written above
+                case EndBusRequest():
+                    await self._end_bus_request(command)
+                case RunPrefill() | DropRequest() | ExpectKv():
+                    await self._send(subjects.worker(command.worker_id), command)
+                case FormGroup() | PauseGroup() | ResumeGroup() | DissolveGroup():
+                    await self._send(subjects.COORDINATOR, command)
+                case RequestAccepted() | RequestRefused() | RequestInterrupted() | RequestFailed():
+                    await self._send(subjects.router(command.router_id), command)
+
+    async def _send(self, subject: str, message: Message) -> None:
+        await self._publish(subject, encode(message), {})
+
+    async def _end_bus_request(self, command: EndBusRequest) -> None:
+        error = {"message": command.message, "type": "server_error", "param": None, "code": "router_lost"}
+        body = {"request_id": command.request_id, "error": error, "done": True}
+        await self._publish(command.reply_inbox, json.dumps(body).encode(), {DONE_HEADER: "true"})
+
+    async def _publish(self, subject: str, data: bytes, headers: dict[str, str]) -> None:
+        try:
+            await self._bus.publish(subject, data, headers=headers)
+        except BusError as error:
+            # As good as lost on the way; heartbeats mend what depended on it.
+            self._counts["bus_errors"] += 1
+            log.warning("a message could not be sent", subject=subject, error=str(error))
+
+    # --- questions -------------------------------------------------------------------------------
+
+    async def _answer(self, delivery: Delivery) -> None:
+        if delivery.reply is None:
+            return
+        try:
+            answer = self._answer_to(decode(delivery.data, Query))
+        except WireError as error:
+            answer = QueryFailed(message=str(error))
+        await self._publish(delivery.reply, encode(answer), {})
+
+    def _answer_to(self, query: Query) -> Message:
+        assert self.core is not None
+        match query:
+            case DescribeCluster():
+                return self.describe()
+            case TellStory():
+                return StoryTold(request_id=query.request_id, lines=tuple(self.core.story(query.request_id)))
+
+    def describe(self) -> ClusterView:
+        """Raises: RuntimeError, while standing by."""
+        if self.core is None or self._shell is None:
+            raise RuntimeError("this scheduler stands by")
+        view = self.core.view(asyncio.get_running_loop().time())
+        return msgspec.structs.replace(
+            view,
+            counters={**view.counters, **self._counts, "store_errors": self.store_errors},
+            decision_p50_s=self._shell.decision_p50_s,
+            decision_p99_s=self._shell.decision_p99_s,
+        )

@@ -1,0 +1,174 @@
+"""The SP coordinator: runs its core on the bus, says what it drives, dissolves its groups when it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from common.logs import get_logger
+from common.messages.cluster import CoordinatorHeartbeat
+from common.messages.sp import (
+    DissolveGroup,
+    DropSegment,
+    FormGroup,
+    LoadSegment,
+    PauseGroup,
+    PauseSegment,
+    ResumeGroup,
+    RunSegment,
+    SegmentDropped,
+    SegmentFailed,
+    SegmentFinished,
+    SegmentLoaded,
+    SegmentPaused,
+    SegmentPrefilled,
+    SegmentRunning,
+)
+from common.policy.sp_coordinator import SpCoordinator as Core
+from common.policy.sp_io import CoordinatorCommand, CoordinatorEvent, GroupOrder, MemberWord, StopAsked
+from common.runtime import keys, subjects
+from common.runtime.bus import Bus, BusError, Delivery
+from common.runtime.lease import Lease
+from common.runtime.shell import CoreShell, JournalSink, MailboxFull
+from common.runtime.store import Store
+from common.runtime.supervisor import Supervisor
+from common.runtime.wire import WireError, decode, encode
+from common.settings import CoordinatorSettings
+from common.units import CoordinatorId
+
+log = get_logger(__name__)
+
+Heard = (
+    FormGroup
+    | PauseGroup
+    | ResumeGroup
+    | DissolveGroup
+    | SegmentLoaded
+    | SegmentRunning
+    | SegmentPaused
+    | SegmentPrefilled
+    | SegmentFinished
+    | SegmentFailed
+    | SegmentDropped
+)
+assert set(Heard.__args__) == set(GroupOrder.__args__) | set(MemberWord.__args__)
+
+
+class SpCoordinator:
+    """One active process per cluster; more stand by for its lease.
+
+    `incarnation` names this start of it: new at every start. `journal`: see `common.runtime.journal`.
+    """
+
+    def __init__(
+        self,
+        settings: CoordinatorSettings,
+        bus: Bus,
+        store: Store,
+        *,
+        incarnation: str,
+        coordinator_id: str = "sp",
+        journal: JournalSink | None = None,
+    ) -> None:
+        self.core = Core(settings.answer_s)
+        self.bus_errors = 0
+        self._settings = settings
+        self._bus = bus
+        self._coordinator_id = CoordinatorId(coordinator_id)
+        self._incarnation = incarnation
+        self._lease = Lease(store, keys.coordinator_lease(), f"{coordinator_id}:{incarnation}", settings.lease_s)
+        self._shell: CoreShell[CoordinatorEvent, CoordinatorCommand] = CoreShell(
+            "sp-coordinator", self.core, self._perform, journal=journal
+        )
+        self._stop = asyncio.Event()
+        self._beat = asyncio.Event()
+        self._undriven = asyncio.Event()
+        self._in_order = asyncio.Lock()
+        """A heartbeat that lacks a group must not overtake the word of how that group ended."""
+
+    def __repr__(self) -> str:
+        return f"SpCoordinator({self._coordinator_id}:{self._incarnation}, driving={len(self.core.driving())})"
+
+    def stop(self) -> None:
+        """Dissolve every group, then let `run` return."""
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Serve until stopped or cancelled. Raises: LeaseLost, and whatever the core raised."""
+        try:
+            async with Supervisor() as tasks:
+                active = tasks.spawn(self._lease.acquire(), name="coordinator lease")
+                stopped = tasks.spawn(self._stop.wait(), name="coordinator stop")
+                await asyncio.wait([active, stopped], return_when=asyncio.FIRST_COMPLETED)
+                if self._stop.is_set():
+                    return
+                tasks.spawn(self._lease.keep(), name="coordinator lease renewal")
+                tasks.spawn(self._shell.run(), name="coordinator core")
+                subscription = await self._bus.subscribe(subjects.COORDINATOR, self._receive)
+                self._bus.on_reconnect(self._beat.set)
+                tasks.spawn(self._heartbeats(), name="coordinator heartbeats")
+                log.info("coordinating", incarnation=self._incarnation)
+                await self._stop.wait()
+                await self._drain()
+                await subscription.unsubscribe()
+        finally:
+            await self._lease.release()
+
+    async def _drain(self) -> None:
+        """Members drop what they hold within a step's time; a silent one is given up after `answer_s`."""
+        self._shell.tell(StopAsked())
+        await self._shell.drained()
+        self._undriven.clear()
+        if self.core.driving():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._undriven.wait(), 2 * self._settings.answer_s)
+        await self._say_what_is_driven()
+
+    async def _receive(self, delivery: Delivery) -> None:
+        try:
+            self._shell.tell(decode(delivery.data, Heard))
+        except WireError as error:
+            log.error("a message was refused", subject=delivery.subject, error=str(error))
+        except MailboxFull as error:
+            # Whoever sent it repeats it or gives it up after its own bound.
+            log.error("a message was dropped", error=str(error))
+
+    async def _perform(self, commands: list[CoordinatorCommand]) -> None:
+        async with self._in_order:
+            for command in commands:
+                match command:
+                    case LoadSegment() | RunSegment() | PauseSegment() | DropSegment():
+                        await self._publish(subjects.worker(command.worker_id), command)
+                    case _:
+                        await self._publish(subjects.SCHEDULER, command)
+        if not self.core.driving():
+            self._undriven.set()
+
+    async def _publish(self, subject: str, message: CoordinatorCommand | CoordinatorHeartbeat) -> None:
+        try:
+            await self._bus.publish(subject, encode(message))
+        except BusError as error:
+            # As good as lost on the way: the bounds of the core cover members, heartbeats the scheduler.
+            self.bus_errors += 1
+            log.warning("a message could not be sent", subject=subject, error=str(error))
+
+    async def _heartbeats(self) -> None:
+        while True:
+            self._beat.clear()
+            await self._say_what_is_driven()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._beat.wait(), self._settings.heartbeat_s)
+
+    async def _say_what_is_driven(self) -> None:
+        async with self._in_order:
+            await self._publish(
+                subjects.SCHEDULER,
+                CoordinatorHeartbeat(
+                    coordinator_id=self._coordinator_id,
+                    incarnation=self._incarnation,
+                    driving=self.core.driving(),
+                ),
+            )
+            # Again what was said once: if it was lost, the scheduler still waits for it.
+            for word in self.core.standings():
+                await self._publish(subjects.SCHEDULER, word)
