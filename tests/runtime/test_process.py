@@ -1,0 +1,94 @@
+"""A role's process: one clear line when it cannot start, a clean end on a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from common.runtime.bus import Bus
+from common.runtime.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NOT_STARTED, EXIT_OK, run_role
+from common.runtime.store import Store
+from common.settings import CommonSettings
+from services.embedded import EmbeddedServer, free_port
+
+WAIT_S = 10.0
+
+
+@pytest.fixture
+def servers() -> Iterator[CommonSettings]:
+    """NATS and Redis that run while the test has no loop of its own."""
+    with asyncio.Runner() as runner:
+        nats, redis = EmbeddedServer.nats(), EmbeddedServer.redis()
+        try:
+            runner.run(nats.start())
+            runner.run(redis.start())
+            yield CommonSettings(nats_url=nats.url, redis_url=redis.url)
+        finally:
+            runner.run(nats.close())
+            runner.run(redis.close())
+
+
+async def nothing(bus: Bus, store: Store, stop: asyncio.Event) -> None:
+    return
+
+
+def test_a_role_has_a_bus_and_a_store(servers: CommonSettings) -> None:
+    async def start(bus: Bus, store: Store, stop: asyncio.Event) -> None:
+        await store.ping()
+        await bus.flush()
+        assert not stop.is_set()
+
+    assert run_role("test", servers, start) == EXIT_OK
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_role_drain(servers: CommonSettings, number: signal.Signals) -> None:
+    drained = False
+
+    async def start(bus: Bus, store: Store, stop: asyncio.Event) -> None:
+        nonlocal drained
+        os.kill(os.getpid(), number)
+        await asyncio.wait_for(stop.wait(), WAIT_S)
+        await store.ping()
+        drained = True
+
+    assert run_role("test", servers, start) == EXIT_OK
+    assert drained
+
+
+def test_a_second_signal_ends_it_at_once(servers: CommonSettings) -> None:
+    async def start(bus: Bus, store: Store, stop: asyncio.Event) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(stop.wait(), WAIT_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(WAIT_S)
+
+    assert run_role("test", servers, start) == EXIT_INTERRUPTED
+
+
+def test_an_error_ends_the_role_and_is_logged(servers: CommonSettings, capsys: pytest.CaptureFixture[str]) -> None:
+    async def start(bus: Bus, store: Store, stop: asyncio.Event) -> None:
+        raise ValueError("broken")
+
+    assert run_role("test", servers, start) == EXIT_FAILED
+    assert "ValueError: broken" in capsys.readouterr().err
+
+
+def test_without_redis_there_is_one_line_and_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = CommonSettings(redis_url=f"redis://127.0.0.1:{free_port()}/0")
+    assert run_role("scheduler", settings, nothing, patience_s=0.1) == EXIT_NOT_STARTED
+    expected = f"pecsched scheduler: cannot reach Redis at {settings.redis_url}: connection refused; "
+    assert capsys.readouterr().err == expected + "start it or pass --redis-url\n"
+
+
+def test_without_nats_there_is_one_line_and_the_flag(
+    servers: CommonSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = CommonSettings(nats_url=f"nats://127.0.0.1:{free_port()}", redis_url=servers.redis_url)
+    assert run_role("router", settings, nothing, patience_s=0.3) == EXIT_NOT_STARTED
+    expected = f"pecsched router: cannot reach NATS at {settings.nats_url}: connection refused; "
+    assert capsys.readouterr().err == expected + "start it or pass --nats-url\n"
