@@ -1,0 +1,78 @@
+"""The life of a request on a decode worker, as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from common.messages.decode import ExpectKv
+from common.messages.requests import FinishReason, RequestSpec
+from common.units import Attempt, RequestId
+
+
+class RowPhase(StrEnum):
+    """Where a request stands on this worker."""
+
+    RESERVING = "reserving"
+    EXPECTED = "expected"
+    """KV is reserved and nothing has come yet."""
+    RECEIVING = "receiving"
+    ACTIVE = "active"
+    """In the batch."""
+    CLOSING = "closing"
+    """Ended; freed when the effect that touches its KV has ended."""
+
+
+P = RowPhase
+
+TRANSITIONS: dict[RowPhase, frozenset[RowPhase]] = {
+    P.RESERVING: frozenset({P.EXPECTED, P.CLOSING}),
+    P.EXPECTED: frozenset({P.RECEIVING}),
+    P.RECEIVING: frozenset({P.ACTIVE, P.CLOSING}),
+    P.ACTIVE: frozenset({P.CLOSING}),
+    P.CLOSING: frozenset(),
+}
+"""A row that ends is taken off the books at once, in any phase: found no room, or released."""
+
+
+def mermaid() -> str:
+    """The table as a Mermaid state diagram, for ARCHITECTURE.md."""
+    lines = ["stateDiagram-v2", "    [*] --> reserving"]
+    for source, targets in TRANSITIONS.items():
+        lines += [f"    {source.value} --> {target.value}" for target in sorted(targets, key=lambda t: t.value)]
+    lines += [f"    {phase.value} --> [*]" for phase in RowPhase]
+    return "\n".join(lines)
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One request on this worker."""
+
+    spec: RequestSpec
+    phase: RowPhase = RowPhase.RESERVING
+    generated: int = 0
+    """Tokens of this attempt, the first included."""
+    deadline_s: float | None = None
+    """While its KV is awaited: when that lapses."""
+    failure: str | None = None
+    """While closing: why, if the scheduler must hear of it."""
+    in_step: bool = False
+    asked: set[Attempt] = field(default_factory=set)
+    """Later attempts that the scheduler dropped with this one; each is answered."""
+    successor: ExpectKv | None = None
+    """A later attempt, taken up when this one is released."""
+
+    @property
+    def request_id(self) -> RequestId:
+        return self.spec.request_id
+
+    @property
+    def attempt(self) -> Attempt:
+        return self.spec.attempt
+
+
+def finish_reason(row: Row, token_id: int) -> FinishReason | None:
+    """Whether `token_id`, just counted in `generated`, is the last one."""
+    if token_id in row.spec.stop_token_ids:
+        return "stop"
+    return "length" if row.generated >= row.spec.max_tokens else None
