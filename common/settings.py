@@ -103,6 +103,7 @@ class WorkerSettings(ModelSettings, frozen=True, kw_only=True):
     data_port: Annotated[Port, Meta(description="data plane port; 0: any free one")] = 0
     data_secret: Annotated[str, Meta(description="shared secret of the data plane; the same on every worker")] = ""
     transfer_s: Annotated[Duration, Meta(description="longest silence on a KV transfer")] = 5.0
+    drain_s: Annotated[Duration, Meta(description="when told to stop, how long what is in hand may take")] = 5.0
 
 
 class PrefillWorkerSettings(WorkerSettings, frozen=True, kw_only=True):

@@ -49,6 +49,8 @@ class PrefillWorkerConfig(Record, frozen=True, kw_only=True):
     """Tokens of shorts prefilled in one pass."""
     colocated_tokens_max: int = 192
     """Tokens of shorts that share a pass with decoding longs."""
+    rows_max: int = 64
+    """Segments in one pass."""
     requests_max: int = 4_096
     """Requests in hand at once; more are refused."""
 

@@ -47,11 +47,15 @@ def next_pass(
     if long is not None and not (decoding and last_kind == "chunk"):
         return _chunk(config, long)
     if decoding:
-        rows = tuple(_row(row) for row in decoding)
-        colocated = () if long is not None else pack(ready, config.colocated_tokens_max, split_any=True)
+        # Fewest tokens first: more decoding longs than rows (never seen) would take turns.
+        decoding.sort(key=lambda row: row.generated)
+        rows = tuple(_row(row) for row in decoding[: config.rows_max])
+        room = 0 if long is not None else config.colocated_tokens_max
+        colocated = pack(ready[: config.rows_max - len(rows)], room, split_any=True)
         return PassPlan(kind="decode", segments=rows + colocated)
     if ready:
-        return PassPlan(kind="shorts", segments=pack(ready, config.batch_tokens_max, split_any=False))
+        packed = pack(ready[: config.rows_max], config.batch_tokens_max, split_any=False)
+        return PassPlan(kind="shorts", segments=packed)
     return None
 
 

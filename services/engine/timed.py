@@ -35,6 +35,8 @@ from services.engine.interface import (
 )
 
 STATE_BYTES = 8
+PASS_ROWS_MAX = 64
+"""Segments in one pass of a prefill engine."""
 _WORD = (1 << 64) - 1
 _MULTIPLIER = 6364136223846793005  # Knuth's MMIX: full period modulo 2**64
 _START = 0x9E3779B97F4A7C15
@@ -182,7 +184,7 @@ class TimedPrefillEngine:
         """For tests: how often each (request, position) went through a whole pass."""
         self.passes_started = 0
         self.stops = 0
-        self._profile = shape.profile(rows_max=1)
+        self._profile = shape.profile(rows_max=PASS_ROWS_MAX)
         self._sequences: dict[RequestId, _Sequence] = {}
         self._stopped: list[_Pass] = []
         self._running: _Pass | None = None
@@ -214,6 +216,8 @@ class TimedPrefillEngine:
             self._require_runnable(segment)
         if not segments or len({segment.request_id for segment in segments}) != len(segments):
             raise EngineError("a pass takes one segment of each of one or more sequences")
+        if len(segments) > PASS_ROWS_MAX:
+            raise EngineError(f"a pass of {len(segments)} segments; at most {PASS_ROWS_MAX} are allowed")
         fails = self.passes_started == self.shape.fail_at_pass
         self.passes_started += 1
         started = _Pass(

@@ -1,0 +1,88 @@
+"""Writes to the store that nothing waits for: what a process says of itself and of what it holds.
+
+The last word per key counts; it is retried until the store has it, and said again well before its time
+to live ends, so that a store that came back empty is whole again soon, and the words of a dead process lapse.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from common.logs import get_logger
+from common.runtime.store import Delete, Put, Store, StoreError, Write
+
+log = get_logger(__name__)
+
+RENEWALS_PER_TTL = 3
+WRITES_PER_COMMIT_MAX = 256
+
+
+class WriteBehind:
+    """Keeps a set of keys in the store as long as `run` runs. Its size is bounded by what its owner holds."""
+
+    def __init__(self, store: Store, *, ttl_s: float) -> None:
+        self._store = store
+        self._ttl_s = ttl_s
+        self._kept: dict[str, bytes] = {}
+        self._dirty: dict[str, None] = {}
+        """Keys whose word has not reached the store; in order."""
+        self._wake = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"WriteBehind(kept={len(self._kept)}, behind={len(self._dirty)})"
+
+    def put(self, key: str, value: bytes) -> None:
+        self._kept[key] = value
+        self._dirty[key] = None
+        self._wake.set()
+
+    def delete(self, key: str) -> None:
+        self._kept.pop(key, None)
+        self._dirty[key] = None
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        loop = asyncio.get_running_loop()
+        period_s = self._ttl_s / RENEWALS_PER_TTL
+        renew_s = loop.time() + period_s
+        while True:
+            now_s = loop.time()
+            if now_s >= renew_s:
+                self._dirty.update(dict.fromkeys(self._kept))
+                renew_s = now_s + period_s
+            self._wake.clear()
+            if self._dirty and not await self._write_some():
+                await asyncio.sleep(period_s)
+            elif not self._dirty:
+                await self._wait_until(renew_s)
+
+    async def close(self) -> None:
+        """Take everything back, as far as the store answers. After `run` has ended."""
+        for key in list(self._kept):
+            self.delete(key)
+        while self._dirty and await self._write_some():
+            continue
+
+    async def _write_some(self) -> bool:
+        keys = list(self._dirty)[:WRITES_PER_COMMIT_MAX]
+        words = {key: self._kept.get(key) for key in keys}
+        writes: list[Write] = [
+            Delete(key) if value is None else Put(key, value, ttl_s=self._ttl_s) for key, value in words.items()
+        ]
+        try:
+            await self._store.commit(writes)
+        except StoreError as error:
+            log.warning("the store lags behind", writes=len(self._dirty), error=str(error))
+            return False
+        for key, value in words.items():
+            if self._kept.get(key) == value:  # else a newer word came meanwhile
+                self._dirty.pop(key, None)
+        return True
+
+    async def _wait_until(self, at_s: float) -> None:
+        timer = asyncio.get_running_loop().call_at(at_s, self._wake.set)
+        try:
+            await self._wake.wait()
+        finally:
+            timer.cancel()

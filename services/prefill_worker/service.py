@@ -1,0 +1,430 @@
+"""The prefill worker's shell: performs what its core decides with the engine, the data plane, bus and store.
+
+A pass is one task; its end is an event. KV of shorts leaves layer by layer, called by the engine as each layer
+is computed. Nothing here waits inside the mailbox except for the bus to take a message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from array import array
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
+from typing import Any, assert_never
+from uuid import uuid4
+
+from common.errors import StartupError
+from common.logs import get_logger
+from common.messages.base import Message
+from common.messages.cluster import WorkerHeartbeat, WorkerLeft, WorkerProfile
+from common.messages.locations import WorkerLease
+from common.messages.prefill import KvReleased, PrefillFailed, PrefillFinished, PrefillStarted
+from common.messages.requests import Prompt, TokensGenerated
+from common.messages.sp import (
+    SegmentDropped,
+    SegmentFailed,
+    SegmentFinished,
+    SegmentLoaded,
+    SegmentPaused,
+    SegmentPrefilled,
+    SegmentRunning,
+)
+from common.policy.prefill_events import (
+    AbortHandoff,
+    CloseSequence,
+    FinishHandoff,
+    ForgetKv,
+    HandoffFailed,
+    HandoffFinished,
+    OpenFailed,
+    OpenSequence,
+    PassFailed,
+    PassFinished,
+    PassSegment,
+    PassStopped,
+    PlaceKv,
+    PrefillCommand,
+    PrefillLocalEvent,
+    PrefillOrder,
+    PrefillWorkerConfig,
+    ResumePass,
+    RunPass,
+    SampledToken,
+    SequenceOpened,
+    StopPass,
+)
+from common.policy.prefill_worker import PrefillWorkerCore
+from common.runtime import keys, subjects, wire
+from common.runtime.bus import Bus, BusError, Delivery
+from common.runtime.shell import CoreShell, JournalSink, MailboxFull
+from common.runtime.store import Store, StoreError
+from common.runtime.supervisor import Supervisor
+from common.runtime.wire import WireError
+from common.runtime.write_behind import WriteBehind
+from common.settings import PrefillWorkerSettings
+from common.units import RequestId, WorkerId
+from services.engine.data_plane import DataPlane, DataPlaneFactory, KvHeader, KvTrailer, TransferFailed
+from services.engine.interface import EngineError, KvFull, PassResult, PrefillEngine, Segment
+from services.prefill_worker.handoff import Handoff
+
+log = get_logger(__name__)
+
+TOKEN_BYTES = 4
+"""A token id is a little-endian int32."""
+
+
+class PromptUnreadable(Exception):
+    """The bytes of a prompt are missing or are not what the request says."""
+
+
+class PrefillWorker:
+    """One per GPU (on CPU: one per process). `run` serves until `stop` (drains, says farewell) or until
+    cancelled (as if killed)."""
+
+    def __init__(
+        self,
+        settings: PrefillWorkerSettings,
+        bus: Bus,
+        store: Store,
+        engine: PrefillEngine,
+        data_plane: DataPlaneFactory,
+        *,
+        journal: JournalSink | None = None,
+    ) -> None:
+        self.settings = settings
+        self.worker_id = WorkerId(settings.worker_id or f"prefill-{uuid4().hex[:8]}")
+        self.incarnation = uuid4().hex
+        self.core = PrefillWorkerCore(config_of(settings, self.worker_id, engine))
+        self._bus = bus
+        self._store = store
+        self._engine = engine
+        self._open_plane = data_plane
+        self._plane: DataPlane | None = None
+        self._shell: CoreShell[PrefillOrder | PrefillLocalEvent, PrefillCommand] = CoreShell(
+            f"prefill worker {self.worker_id}", self.core, self._perform, journal=journal
+        )
+        self._handoffs: dict[RequestId, Handoff] = {}
+        self._pass_id: int | None = None
+        self._kept = WriteBehind(store, ttl_s=settings.lease_s)
+        self._tasks = Supervisor()
+        self._stopping = asyncio.Event()
+        self._started = asyncio.Event()
+        self._beat_now = asyncio.Event()
+        self._empty = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"PrefillWorker({self.worker_id!r}, {self.core!r})"
+
+    # --- life ---
+
+    async def run(self) -> None:
+        """Raises: StartupError, if the data plane's address cannot be bound; whatever ends the core."""
+        try:
+            self._plane = self._open_plane(None)
+        except OSError as error:
+            raise StartupError(
+                f"cannot listen on {self.settings.data_host}:{self.settings.data_port} for KV: {error.strerror};"
+                " pass another --data-port"
+            ) from error
+        self._bus.on_reconnect(self._beat_now.set)
+        try:
+            async with self._tasks as tasks:
+                tasks.spawn(self._shell.run(), name="core")
+                tasks.spawn(self._kept.run(), name="store")
+                inbox = await self._bus.subscribe(subjects.worker(self.worker_id), self._hear)
+                tasks.spawn(self._beats(), name="heartbeats")
+                self._started.set()
+                await self._stopping.wait()
+                await self._drain()
+                await inbox.unsubscribe()
+                await tasks.stop()
+            await self._leave()
+        finally:
+            await self._plane.close()
+            await self._engine.shutdown()
+
+    def stop(self) -> None:
+        """Drain and leave; `run` returns when that is done."""
+        self._stopping.set()
+
+    async def started(self) -> None:
+        """Wait until it hears orders."""
+        await self._started.wait()
+
+    async def _drain(self) -> None:
+        self._empty.clear()
+        if self.core.idle:
+            return
+        try:
+            await asyncio.wait_for(self._empty.wait(), self.settings.drain_s)
+        except TimeoutError:
+            log.warning("stopping with requests in hand", requests=len(self.core.holdings()))
+
+    async def _leave(self) -> None:
+        await self._kept.close()
+        await self._publish(subjects.SCHEDULER, WorkerLeft(worker_id=self.worker_id, incarnation=self.incarnation))
+        try:
+            await self._bus.flush()
+        except BusError as error:
+            log.warning("left without a word", error=str(error))
+
+    # --- hearing and telling ---
+
+    async def _hear(self, delivery: Delivery) -> None:
+        try:
+            order: PrefillOrder = wire.decode(delivery.data, PrefillOrder)
+        except WireError as error:
+            log.warning("unreadable order", error=str(error))
+            return
+        try:
+            self._shell.tell(order)
+        except MailboxFull as error:
+            log.error("order dropped", error=str(error))
+
+    async def _beats(self) -> None:
+        profile = self._profile()
+        self._kept.put(keys.worker_lease(self.worker_id), wire.encode_record(WorkerLease(profile=profile)))
+        while True:
+            self._beat_now.clear()
+            await self._publish(subjects.SCHEDULER, WorkerHeartbeat(profile=profile, holdings=self.core.holdings()))
+            try:
+                await asyncio.wait_for(self._beat_now.wait(), self.settings.heartbeat_s)
+            except TimeoutError:
+                continue
+
+    async def _publish(self, subject: str, message: Message) -> None:
+        """What the bus cannot take is mended from the next heartbeats."""
+        try:
+            await self._bus.publish(subject, wire.encode(message))
+        except BusError as error:
+            log.warning("message lost", message=type(message).__name__, error=str(error))
+
+    def _profile(self) -> WorkerProfile:
+        profile = self._engine.profile
+        return WorkerProfile(
+            worker_id=self.worker_id,
+            role="prefill",
+            incarnation=self.incarnation,
+            node=self.settings.node,
+            replica=self.settings.replica or self.worker_id,
+            model_id=profile.model_id,
+            model_fingerprint=profile.model_fingerprint,
+            layers=profile.layers,
+            kv_bytes_per_token=profile.kv_bytes_per_token,
+            kv_capacity_tokens=profile.kv_capacity_tokens,
+            context_tokens=profile.context_tokens,
+            rows_max=profile.rows_max,
+            data_address=self._data_plane.address,
+            step_cost=profile.step_cost,
+        )
+
+    @property
+    def _data_plane(self) -> DataPlane:
+        assert self._plane is not None  # opened before anything that needs it
+        return self._plane
+
+    # --- performing ---
+
+    async def _perform(self, commands: list[PrefillCommand]) -> None:
+        for command in commands:
+            match command:
+                case TokensGenerated():
+                    await self._publish(subjects.router(command.router_id), command)
+                case PrefillStarted() | PrefillFinished() | PrefillFailed() | KvReleased():
+                    await self._publish(subjects.SCHEDULER, command)
+                case (
+                    SegmentLoaded()
+                    | SegmentRunning()
+                    | SegmentPaused()
+                    | SegmentPrefilled()
+                    | SegmentFinished()
+                    | SegmentFailed()
+                    | SegmentDropped()
+                ):
+                    await self._publish(subjects.COORDINATOR, command)
+                case _:
+                    self._begin(command)
+        if self.core.idle:
+            self._empty.set()
+
+    def _begin(
+        self,
+        command: OpenSequence
+        | CloseSequence
+        | RunPass
+        | ResumePass
+        | StopPass
+        | FinishHandoff
+        | AbortHandoff
+        | PlaceKv
+        | ForgetKv,
+    ) -> None:
+        match command:
+            case RunPass(pass_id=pass_id, segments=segments):
+                self._compute(pass_id, partial(self._engine.run, [_segment(segment) for segment in segments]))
+            case ResumePass(pass_id=pass_id, request_id=request_id):
+                self._compute(pass_id, partial(self._engine.resume, request_id))
+            case StopPass(pass_id=pass_id):
+                # After the pass's task had its first turn: before that the engine knows of no pass to stop.
+                asyncio.get_running_loop().call_soon(self._stop_pass, pass_id)
+            case OpenSequence():
+                self._open(command)
+            case CloseSequence(request_id=request_id):
+                self._engine.close(request_id)
+                self._handoffs.pop(request_id, None)
+            case FinishHandoff():
+                self._spawn(self._finish_handoff(command), f"handoff {command.request_id}")
+            case AbortHandoff():
+                self._spawn(self._abort_handoff(command), f"abort {command.request_id}")
+            case PlaceKv(location=location):
+                self._kept.put(keys.kv(location.request_id, self.worker_id), wire.encode_record(location))
+            case ForgetKv(request_id=request_id):
+                self._kept.delete(keys.kv(request_id, self.worker_id))
+            case _:
+                assert_never(command)
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        self._tasks.spawn(work, name=name)
+
+    # --- sequences ---
+
+    def _open(self, command: OpenSequence) -> None:
+        prompt = command.spec.prompt
+        if prompt.inline is not None:
+            self._reserve(command, prompt.inline)
+        else:
+            self._spawn(self._fetch(command), f"fetch {command.spec.request_id}")
+
+    async def _fetch(self, command: OpenSequence) -> None:
+        key = command.spec.prompt.key
+        try:
+            data = await self._store.get(key) if key is not None else None
+        except StoreError as error:
+            self._open_failed(command, f"the prompt could not be fetched: {error}")
+            return
+        if data is None:
+            self._open_failed(command, "the prompt is not in the store (any more)")
+            return
+        self._reserve(command, data)
+
+    def _reserve(self, command: OpenSequence, prompt: bytes) -> None:
+        spec = command.spec
+        handoff = self._handoff_of(command)
+        try:
+            token_ids = _token_ids(spec.prompt, prompt)
+            self._engine.open(spec, token_ids, None if handoff is None else handoff.push)
+        except KvFull as error:
+            self._open_failed(command, str(error))
+            return
+        except (EngineError, PromptUnreadable) as error:
+            self._open_failed(command, str(error), retryable=False)
+            return
+        if handoff is not None:
+            self._handoffs[spec.request_id] = handoff
+        self._shell.tell(SequenceOpened(request_id=spec.request_id, attempt=spec.attempt))
+
+    def _open_failed(self, command: OpenSequence, reason: str, *, retryable: bool = True) -> None:
+        spec = command.spec
+        self._shell.tell(
+            OpenFailed(request_id=spec.request_id, attempt=spec.attempt, reason=reason, retryable=retryable)
+        )
+
+    def _handoff_of(self, command: OpenSequence) -> Handoff | None:
+        if command.handoff is None:
+            return None
+        spec, profile = command.spec, self._engine.profile
+        header = KvHeader(
+            request_id=spec.request_id,
+            attempt=spec.attempt,
+            sender=self.worker_id,
+            model_fingerprint=profile.model_fingerprint,
+            layers=profile.layers,
+            tokens=spec.prompt.tokens,
+        )
+        return Handoff(self._data_plane, command.handoff.address, header)
+
+    # --- passes ---
+
+    def _compute(self, pass_id: int, compute: Callable[[], Awaitable[PassResult]]) -> None:
+        self._pass_id = pass_id
+        self._spawn(self._await_pass(pass_id, compute), f"pass {pass_id}")
+
+    async def _await_pass(self, pass_id: int, compute: Callable[[], Awaitable[PassResult]]) -> None:
+        try:
+            result = await compute()
+        except EngineError as error:
+            log.error("a pass failed", error=str(error), exc_info=error)
+            self._pass_ended(PassFailed(pass_id=pass_id, reason=str(error)))
+            return
+        if not result.finished:
+            self._pass_ended(PassStopped(pass_id=pass_id, steps_done=result.steps_done, compute_s=result.compute_s))
+            return
+        sampled = tuple(
+            SampledToken(request_id=drawn.request_id, token_id=drawn.token_id, logprob=drawn.logprob)
+            for drawn in result.sampled
+        )
+        self._pass_ended(
+            PassFinished(
+                pass_id=pass_id,
+                sampled=sampled,
+                compute_s=result.compute_s,
+                last_layer_computed_s=result.last_layer_computed_s,
+            )
+        )
+
+    def _pass_ended(self, event: PassFinished | PassStopped | PassFailed) -> None:
+        self._pass_id = None
+        self._shell.tell(event)
+
+    def _stop_pass(self, pass_id: int) -> None:
+        if self._pass_id == pass_id:
+            self._engine.stop()
+
+    # --- handoffs ---
+
+    async def _finish_handoff(self, command: FinishHandoff) -> None:
+        trailer = KvTrailer(first_token=command.first_token, first_logprob=command.first_logprob)
+        request_id, attempt = command.request_id, command.attempt
+        try:
+            await self._handoffs[request_id].finish(trailer)
+        except TransferFailed as error:
+            log.warning("a handoff failed", request_id=request_id, attempt=attempt, error=str(error))
+            self._shell.tell(HandoffFailed(request_id=request_id, attempt=attempt, reason=str(error)))
+            return
+        self._shell.tell(HandoffFinished(request_id=request_id, attempt=attempt))
+
+    async def _abort_handoff(self, command: AbortHandoff) -> None:
+        handoff = self._handoffs[command.request_id]
+        finishing = handoff.finishing
+        await handoff.abort()
+        if not finishing:  # else whoever finishes it hears of the abort, and tells
+            self._shell.tell(HandoffFailed(request_id=command.request_id, attempt=command.attempt, reason="aborted"))
+
+
+def config_of(settings: PrefillWorkerSettings, worker_id: WorkerId, engine: PrefillEngine) -> PrefillWorkerConfig:
+    profile = engine.profile
+    return PrefillWorkerConfig(
+        worker_id=worker_id,
+        layers=profile.layers,
+        step_cost=profile.step_cost,
+        chunk_tokens=settings.chunk_tokens,
+        step_s_max=settings.step_ms_max / 1e3,
+        batch_tokens_max=settings.batch_tokens_max,
+        colocated_tokens_max=settings.colocated_tokens_max,
+        rows_max=profile.rows_max,
+    )
+
+
+def _segment(segment: PassSegment) -> Segment:
+    return Segment(request_id=segment.request_id, start=segment.start, tokens=segment.tokens, sample=segment.sample)
+
+
+def _token_ids(prompt: Prompt, data: bytes) -> list[int]:
+    """Raises: PromptUnreadable."""
+    if len(data) != prompt.tokens * TOKEN_BYTES:
+        raise PromptUnreadable(f"{len(data)} bytes for a prompt of {prompt.tokens} tokens")
+    ids = array("i", data)
+    if sys.byteorder == "big":
+        ids.byteswap()
+    return ids.tolist()
