@@ -50,7 +50,7 @@ SHORT_TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
 
 LONG_TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
     S.QUEUED: frozenset({S.FORMING}),
-    S.FORMING: frozenset({S.RUNNING, S.INTERRUPTED}),
+    S.FORMING: frozenset({S.RUNNING, S.DECODING, S.INTERRUPTED}),
     S.RUNNING: frozenset({S.PAUSING, S.DECODING, S.INTERRUPTED}),
     S.PAUSING: frozenset({S.PAUSED, S.DECODING, S.INTERRUPTED}),
     S.PAUSED: frozenset({S.RESUMING, S.INTERRUPTED}),
@@ -58,7 +58,7 @@ LONG_TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
     S.DECODING: frozenset({S.INTERRUPTED}),
     S.INTERRUPTED: frozenset({S.QUEUED}),
 }
-"""RUNNING, PAUSING and RESUMING → DECODING: the prefill ended before the order was heard."""
+"""FORMING, PAUSING and RESUMING → DECODING: the prefill ended before an order was heard, or a word was lost."""
 
 IN_GROUP = frozenset({S.FORMING, S.RUNNING, S.PAUSING, S.PAUSED, S.RESUMING, S.DECODING})
 """States in which a long has a group."""

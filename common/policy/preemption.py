@@ -16,6 +16,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+EPSILON_S = 1e-6
+"""Below the resolution of any of these estimates: a wait this short is no wait. (Without it, rounding makes
+a deadline come due a hair before the condition it was computed from holds.)"""
+
+
 @dataclass(frozen=True, slots=True)
 class PauseBounds:
     pause_max_s: float
@@ -68,7 +73,7 @@ class PauseAccount:
             return None
         needed_s = min(needed_s, bounds.pause_max_s)
         shortfall_s = needed_s - self.budget_s(now_s, bounds)
-        earned_s = now_s + max(0.0, shortfall_s) / bounds.share_max
+        earned_s = now_s + shortfall_s / bounds.share_max if shortfall_s > EPSILON_S else now_s
         return max(earned_s, self.immune_until_s)
 
     def pause_left_s(self, now_s: float, bounds: PauseBounds) -> float:
@@ -79,4 +84,5 @@ class PauseAccount:
         single_s = bounds.pause_max_s - (now_s - self.paused_since_s)
         # budget(t) falls by (1 - σ) per second of pause: it lasts budget / (1 - σ) longer.
         fall = max(1e-9, 1.0 - bounds.share_max)
-        return min(single_s, self.budget_s(now_s, bounds) / fall)
+        left_s = min(single_s, self.budget_s(now_s, bounds) / fall)
+        return left_s if left_s > EPSILON_S else 0.0

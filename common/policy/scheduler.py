@@ -377,9 +377,8 @@ class Scheduler:
             return
         self.counters["interrupted"] += 1
         if request.spec.attempt >= self.config.attempts_max:
-            self._fail(
-                request, f"given up after {request.spec.attempt + 1} attempts; the last ended with: {reason}", True
-            )
+            message = f"given up after {request.spec.attempt + 1} attempts; the last ended with: {reason}"
+            self._fail(request, message, True, withdraw=withdraw)
             return
         self._abandon(request, withdraw=withdraw)
         self._move(request, RequestState.INTERRUPTED)
@@ -480,8 +479,8 @@ class Scheduler:
                 self._on_group_prefilled(request, event)
 
     def _on_group_prefilled(self, request: Request, event: GroupPrefillFinished) -> None:
-        if request.state in (RequestState.FORMING, RequestState.PAUSED):
-            self._interrupt(request, f"prefill ended while {request.state.value}: a message was lost")
+        if request.state is RequestState.PAUSED:
+            self._interrupt(request, "its prefill ended while it was paused")
             return
         assert request.pauses is not None
         request.pauses.resumed(self._now_s, bounds_of(self.config))
@@ -626,12 +625,23 @@ class Scheduler:
         self.policy.decoder_eased()
         driving = set(event.driving)
         for request in list(self._grouped.values()):
-            if request.key not in driving and self._now_s - request.state_since_s > self._grace_s:
+            if self._now_s - request.state_since_s <= self._grace_s:
+                continue
+            if request.key not in driving:
                 self._interrupt(request, "the SP coordinator lost its group")
+            else:
+                self._remind(request)
         for request_id, attempt in sorted(driving):
             current = self._current(request_id, attempt)
             if current is None or current.state not in IN_GROUP:
                 self._emit(DissolveGroup(request_id=request_id, attempt=attempt))
+
+    def _remind(self, request: Request) -> None:
+        """An order to pause or resume, or its answer, was lost: give it again (the coordinator repeats its answer)."""
+        if request.state is RequestState.PAUSING:
+            self._emit(PauseGroup(request_id=request.request_id, attempt=request.spec.attempt))
+        elif request.state is RequestState.RESUMING:
+            self._emit(ResumeGroup(request_id=request.request_id, attempt=request.spec.attempt))
 
     def _lose_coordinator(self, why: str) -> None:
         self.cluster.can_form_groups = False

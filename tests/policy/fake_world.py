@@ -1,0 +1,304 @@
+"""The world around a scheduler, as small as can be: workers, a coordinator and routers that answer orders
+with the events real ones send. Everything that is under way waits in per-sender queues until delivered."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+
+from common.messages.cluster import CoordinatorHeartbeat, Holding, RouterHeartbeat, WorkerHeartbeat
+from common.messages.decode import DecodeFinished, DecodeStarted, ExpectKv
+from common.messages.prefill import DropRequest, KvReleased, PrefillFinished, PrefillStarted, RunPrefill
+from common.messages.scheduling import (
+    CancelRequested,
+    RequestAccepted,
+    RequestFailed,
+    RequestInterrupted,
+    RequestRefused,
+    RequestSubmitted,
+)
+from common.messages.sp import (
+    DissolveGroup,
+    FormGroup,
+    GroupFailed,
+    GroupFinished,
+    GroupFormed,
+    GroupPaused,
+    GroupPrefillFinished,
+    GroupResumed,
+    PauseGroup,
+    ResumeGroup,
+)
+from common.policy.cluster import SchedulerConfig
+from common.policy.core import TimePassed
+from common.policy.scheduler import Scheduler
+from common.policy.scheduler_io import EndBusRequest, ForgetRequest, SaveRequest, SchedulerCommand, SchedulerEvent
+from tests.policy.scenario import profile, spec
+
+Key = tuple[str, int]
+
+
+@dataclass
+class FakeWorker:
+    role: str
+    incarnation: int = 1
+    alive: bool = True
+    holds: dict[Key, str] = field(default_factory=dict)
+
+
+@dataclass
+class FakeGroup:
+    members: tuple[str, ...]
+    state: str = "running"
+    """running, paused, decoding"""
+
+
+@dataclass
+class FakeRequest:
+    tokens: int
+    max_tokens: int
+    attempt: int = 0
+    ended: str | None = None
+
+
+class World:
+    """Deliver what is under way, in any interleaving; each sender's messages stay in order."""
+
+    def __init__(self, config: SchedulerConfig, prefill: int = 2, decode: int = 1, kv: int = 20_000) -> None:
+        self.scheduler = Scheduler(config, epoch=1)
+        self.now_s = 0.0
+        self.kv = kv
+        self.workers = {f"p{i}": FakeWorker("prefill") for i in range(prefill)}
+        self.workers |= {f"d{i}": FakeWorker("decode") for i in range(decode)}
+        self.groups: dict[Key, FakeGroup] = {}
+        self.coordinator_incarnation = 1
+        self.requests: dict[str, FakeRequest] = {}
+        self.to_scheduler: dict[str, deque[SchedulerEvent]] = {}
+        self.saved: set[str] = set()
+        self.log: list[str] = []
+        self.heartbeats()
+        self.deliver_all()
+
+    # --- senders ---------------------------------------------------------------------------------
+
+    def send(self, sender: str, event: SchedulerEvent) -> None:
+        self.to_scheduler.setdefault(sender, deque()).append(event)
+
+    def senders(self) -> list[str]:
+        return sorted(s for s, queue in self.to_scheduler.items() if queue)
+
+    def heartbeats(self) -> None:
+        for name, worker in self.workers.items():
+            if worker.alive:
+                holdings = tuple(
+                    Holding(request_id=r, attempt=a, phase="decode", kv_tokens=1) for r, a in sorted(worker.holds)
+                )
+                me = profile(name, worker.role, kv=self.kv, incarnation=str(worker.incarnation))
+                self.send(name, WorkerHeartbeat(profile=me, holdings=holdings))
+        waiting = tuple((r, q.attempt) for r, q in sorted(self.requests.items()) if q.ended is None)
+        self.send("r", RouterHeartbeat(router_id="r", waiting=waiting))
+        self.send(
+            "c",
+            CoordinatorHeartbeat(
+                coordinator_id="c", incarnation=str(self.coordinator_incarnation), driving=tuple(sorted(self.groups))
+            ),
+        )
+
+    def submit(self, name: str, tokens: int, max_tokens: int) -> None:
+        self.requests[name] = FakeRequest(tokens, max_tokens)
+        self.send("r", RequestSubmitted(spec=spec(name, tokens, max_tokens=max_tokens)))
+
+    def cancel(self, name: str) -> None:
+        request = self.requests[name]
+        if request.ended is None:
+            request.ended = "cancelled"
+            self.send("r", CancelRequested(request_id=name, router_id="r"))
+
+    # --- the scheduler ---------------------------------------------------------------------------
+
+    def deliver(self, sender: str) -> None:
+        self._handle(self.to_scheduler[sender].popleft())
+
+    def deliver_all(self) -> None:
+        while senders := self.senders():
+            self.deliver(senders[0])
+
+    def advance(self, seconds: float) -> None:
+        """Time passes; the scheduler is called at each of its deadlines."""
+        end_s = self.now_s + seconds
+        for _ in range(1_000):
+            deadline_s = self.scheduler.next_deadline_s()
+            if deadline_s is None or deadline_s > end_s:
+                break
+            self.now_s = max(self.now_s, deadline_s)
+            self._handle(TimePassed())
+        else:
+            raise AssertionError("the scheduler's deadline does not move on")
+        self.now_s = end_s
+
+    def _handle(self, event: SchedulerEvent) -> None:
+        commands = self.scheduler.handle(event, self.now_s)
+        self.scheduler.check()
+        self.log.append(f"{self.now_s:.3f} {event!r} -> {commands!r}")
+        for command in commands:
+            self._perform(command)
+
+    def _perform(self, command: SchedulerCommand) -> None:
+        match command:
+            case SaveRequest():
+                self.saved.add(command.record.spec.request_id)
+            case ForgetRequest():
+                self.saved.discard(command.request_id)
+            case EndBusRequest() | RequestAccepted():
+                pass
+            case RequestRefused() | RequestFailed():
+                request = self.requests.get(command.request_id)
+                if request is not None and command.attempt == request.attempt and request.ended is None:
+                    request.ended = "failed"
+            case RequestInterrupted():
+                self._resubmit(command)
+            case RunPrefill() | ExpectKv():
+                self._hold(command.worker_id, (command.spec.request_id, command.spec.attempt))
+            case DropRequest():
+                self._drop(command.worker_id, (command.request_id, command.attempt))
+            case FormGroup():
+                key = (command.spec.request_id, command.spec.attempt)
+                self.groups[key] = FakeGroup(command.members)
+                for worker_id in command.members:
+                    self._hold(worker_id, key)
+                self.send("c", GroupFormed(request_id=key[0], attempt=key[1]))
+            case PauseGroup() | ResumeGroup():
+                self._steer((command.request_id, command.attempt), pause=isinstance(command, PauseGroup))
+            case DissolveGroup():
+                self._dissolve((command.request_id, command.attempt), "dissolved")
+
+    def _resubmit(self, command: RequestInterrupted) -> None:
+        request = self.requests.get(command.request_id)
+        if request is None or request.ended is not None:
+            self.send("r", CancelRequested(request_id=command.request_id, router_id="r"))
+        elif command.attempt == request.attempt:
+            request.attempt += 1
+            again = spec(command.request_id, request.tokens, max_tokens=request.max_tokens, attempt=request.attempt)
+            self.send("r", RequestSubmitted(spec=again))
+
+    # --- workers ---------------------------------------------------------------------------------
+
+    def _hold(self, worker_id: str, key: Key) -> None:
+        worker = self.workers[worker_id]
+        if worker.alive:
+            worker.holds[key] = "held"
+
+    def _drop(self, worker_id: str, key: Key) -> None:
+        worker = self.workers[worker_id]
+        if worker.alive:
+            worker.holds.pop(key, None)
+            self.send(worker_id, KvReleased(worker_id=worker_id, request_id=key[0], attempt=key[1]))
+
+    def _steer(self, key: Key, *, pause: bool) -> None:
+        group = self.groups.get(key)
+        if group is None or group.state == "decoding":
+            return
+        group.state = "paused" if pause else "running"
+        if pause:
+            event = GroupPaused(request_id=key[0], attempt=key[1], step=1, prefilled_tokens=1, pause_latency_s=0.01)
+            self.send("c", event)
+        else:
+            self.send("c", GroupResumed(request_id=key[0], attempt=key[1]))
+
+    def _dissolve(self, key: Key, reason: str) -> None:
+        group = self.groups.pop(key, None)
+        for worker_id in group.members if group else ():
+            self.workers[worker_id].holds.pop(key, None)
+        self.send("c", GroupFailed(request_id=key[0], attempt=key[1], reason=reason))
+
+    def work(self) -> list[Key]:
+        """What could make progress now."""
+        shorts = {k for w in self.workers.values() if w.alive and w.role == "prefill" for k in w.holds} - set(
+            self.groups
+        )
+        decodes = {k for w in self.workers.values() if w.alive and w.role == "decode" for k in w.holds}
+        return sorted(shorts | decodes | {k for k, g in self.groups.items() if g.state != "paused"})
+
+    def progress(self, key: Key) -> None:
+        """One request takes its next step: prefill → handed over → decoded; group prefill → decode → finished."""
+        if key in self.groups:
+            self._progress_group(key)
+            return
+        prefill = next((n for n, w in self.workers.items() if w.role == "prefill" and w.alive and key in w.holds), None)
+        decode = next((n for n, w in self.workers.items() if w.role == "decode" and w.alive and key in w.holds), None)
+        about = {"request_id": key[0], "attempt": key[1]}
+        if prefill is not None:
+            del self.workers[prefill].holds[key]
+            self.send(prefill, PrefillStarted(worker_id=prefill, waited_s=0, **about))
+            self.send(prefill, PrefillFinished(worker_id=prefill, compute_s=0.1, last_layer_computed_s=0, **about))
+            self.send(prefill, KvReleased(worker_id=prefill, **about))
+            if decode is not None:
+                self.send(
+                    decode,
+                    DecodeStarted(worker_id=decode, first_layer_received_s=0, last_layer_received_s=0, **about),
+                )
+                self.workers[decode].holds[key] = "decoding"
+        elif decode is not None and self.workers[decode].holds[key] == "decoding":
+            del self.workers[decode].holds[key]
+            self.send(decode, DecodeFinished(worker_id=decode, finish_reason="length", generated=1, **about))
+            self.send(decode, KvReleased(worker_id=decode, **about))
+            self._delivered(key)
+        elif decode is not None:  # its prefill worker is gone: the reservation lapses
+            self._drop(decode, key)
+
+    def _progress_group(self, key: Key) -> None:
+        group = self.groups[key]
+        about = {"request_id": key[0], "attempt": key[1]}
+        if group.state == "running":
+            group.state = "decoding"
+            self.send("c", GroupPrefillFinished(compute_s=1, **about))
+        elif group.state == "decoding":
+            del self.groups[key]
+            for worker_id in group.members:
+                self.workers[worker_id].holds.pop(key, None)
+            self.send("c", GroupFinished(finish_reason="length", generated=1, **about))
+            self._delivered(key)
+
+    def _delivered(self, key: Key) -> None:
+        request = self.requests[key[0]]
+        if request.attempt == key[1] and request.ended is None:
+            request.ended = "finished"
+
+    # --- faults ----------------------------------------------------------------------------------
+
+    def crash(self, worker_id: str) -> None:
+        worker = self.workers[worker_id]
+        self.workers[worker_id] = replace(worker, alive=False, holds={})
+        self.to_scheduler.pop(worker_id, None)
+        for key in [k for k, g in self.groups.items() if worker_id in g.members]:
+            self._dissolve(key, f"{worker_id} was lost")
+
+    def restart(self, worker_id: str) -> None:
+        worker = self.workers[worker_id]
+        self.workers[worker_id] = replace(worker, alive=True, incarnation=worker.incarnation + 1, holds={})
+
+    def restart_coordinator(self) -> None:
+        self.coordinator_incarnation += 1
+        self.groups.clear()
+        self.to_scheduler.pop("c", None)
+
+    def lose_next(self, sender: str) -> None:
+        """A message vanishes on the way."""
+        self.to_scheduler[sender].popleft()
+
+    def settle(self) -> None:
+        """No more faults: everybody works, until nothing is left to do."""
+        for name, worker in self.workers.items():
+            if not worker.alive:
+                self.restart(name)
+        for _ in range(400):
+            self.heartbeats()
+            self.deliver_all()
+            for key in self.work():
+                self.progress(key)
+            self.deliver_all()
+            self.advance(1.0)
+            ended = all(r.ended for r in self.requests.values()) and not self.scheduler.cluster.requests
+            if ended and not any(w.held for w in self.scheduler.cluster.workers()):
+                return
+        raise AssertionError("not everything ended:\n" + "\n".join(self.log[-60:]))

@@ -1,0 +1,202 @@
+"""Golden scenarios: a text file of events in, with the commands that came out below each.
+
+A line `TIME VERB ARGS…` is an event; lines that start with `→` are what the scheduler answered. `pytest
+--golden-write` rewrites the answers; review the diff.
+"""
+
+from __future__ import annotations
+
+from common.messages.cluster import (
+    CoordinatorHeartbeat,
+    RouterHeartbeat,
+    RouterLeft,
+    StepCost,
+    WorkerHeartbeat,
+    WorkerLeft,
+    WorkerProfile,
+)
+from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, DecodeStarted, ExpectKv
+from common.messages.prefill import DropRequest, KvReleased, PrefillFailed, PrefillFinished, RunPrefill
+from common.messages.requests import Prompt, RequestSpec
+from common.messages.scheduling import (
+    CancelRequested,
+    RequestAccepted,
+    RequestFailed,
+    RequestInterrupted,
+    RequestRefused,
+    RequestSubmitted,
+)
+from common.messages.sp import (
+    DissolveGroup,
+    FormGroup,
+    GroupFailed,
+    GroupFinished,
+    GroupFormed,
+    GroupPaused,
+    GroupPrefillFinished,
+    GroupResumed,
+    PauseGroup,
+    ResumeGroup,
+)
+from common.policy.cluster import SchedulerConfig
+from common.policy.core import TimePassed
+from common.policy.scheduler import Scheduler
+from common.policy.scheduler_io import EndBusRequest, ForgetRequest, SaveRequest, SchedulerCommand, SchedulerEvent
+
+COST = StepCost(pass_s=0.02, token_s=0.0007, pair_s=8e-8)
+
+
+def profile(worker_id: str, role: str = "prefill", *, kv: int = 32_768, incarnation: str = "1", rows: int = 32):
+    return WorkerProfile(
+        worker_id=worker_id,
+        role=role,
+        incarnation=incarnation,
+        node="n0",
+        replica=worker_id,
+        model_id="m",
+        model_fingerprint="f",
+        layers=30,
+        kv_bytes_per_token=1,
+        kv_capacity_tokens=kv,
+        context_tokens=8_192,
+        rows_max=rows if role == "decode" else 1,
+        data_address=f"{worker_id}:1",
+        step_cost=COST,
+    )
+
+
+def spec(request_id: str, tokens: int, *, max_tokens: int = 16, attempt: int = 0, router: str = "r", **more):
+    return RequestSpec(
+        request_id=request_id,
+        attempt=attempt,
+        router_id=router,
+        prompt=Prompt(tokens=tokens, key=f"prompt:{request_id}"),
+        max_tokens=max_tokens,
+        **more,
+    )
+
+
+def parse_event(verb: str, args: list[str], options: dict[str, str]) -> SchedulerEvent:
+    attempt = int(options.get("attempt", "0"))
+    name = args[0] if args else ""
+
+    def at(worker: str, request: str) -> dict[str, object]:
+        return {"worker_id": worker, "request_id": request, "attempt": attempt}
+
+    def group(request: str) -> dict[str, object]:
+        return {"request_id": request, "attempt": attempt}
+
+    match verb:
+        case "worker":
+            role, kv = options.get("role", "prefill"), int(options.get("kv", "32768"))
+            return WorkerHeartbeat(profile=profile(name, role, kv=kv, incarnation=options.get("incarnation", "1")))
+        case "left":
+            return WorkerLeft(worker_id=name, incarnation="1")
+        case "router":
+            return RouterHeartbeat(router_id=name, waiting=tuple((r, attempt) for r in args[1:]))
+        case "router-left":
+            return RouterLeft(router_id=name)
+        case "coordinator":
+            driving = tuple((r, attempt) for r in args[1:])
+            return CoordinatorHeartbeat(
+                coordinator_id=name, incarnation=options.get("incarnation", "1"), driving=driving
+            )
+        case "submit":
+            return RequestSubmitted(
+                spec=spec(
+                    name,
+                    int(args[1]),
+                    max_tokens=int(options.get("max", "16")),
+                    attempt=attempt,
+                    router=options.get("router", "r"),
+                    reply_inbox=options.get("inbox"),
+                )
+            )
+        case "cancel":
+            return CancelRequested(request_id=name, router_id=options.get("router", "r"))
+        case "prefilled":
+            return PrefillFinished(
+                **at(name, args[1]), compute_s=0.1, last_layer_computed_s=0, finish_reason=options.get("finish")
+            )
+        case "prefill-failed":
+            return PrefillFailed(**at(name, args[1]), reason="cosmic ray", retryable="fatal" not in options)
+        case "released":
+            return KvReleased(**at(name, args[1]))
+        case "decoding":
+            return DecodeStarted(**at(name, args[1]), first_layer_received_s=0, last_layer_received_s=0)
+        case "decoded":
+            return DecodeFinished(**at(name, args[1]), finish_reason="length", generated=16)
+        case "busy":
+            return DecodeBusy(**at(name, args[1]))
+        case "decode-failed":
+            return DecodeFailed(**at(name, args[1]), reason="checksum")
+        case "formed":
+            return GroupFormed(**group(name))
+        case "paused":
+            return GroupPaused(**group(name), step=7, prefilled_tokens=512, pause_latency_s=0.02)
+        case "resumed":
+            return GroupResumed(**group(name))
+        case "group-prefilled":
+            return GroupPrefillFinished(**group(name), compute_s=9, finish_reason=options.get("finish"))
+        case "group-finished":
+            return GroupFinished(**group(name), finish_reason="length", generated=16)
+        case "group-failed":
+            return GroupFailed(**group(name), reason="rank lost", retryable="fatal" not in options)
+        case "time":
+            return TimePassed()
+    raise ValueError(f"no such verb: {verb}")
+
+
+def render(command: SchedulerCommand) -> str:
+    match command:
+        case SaveRequest(record=r):
+            return f"save {r.spec.request_id} {r.state}" + "".join(f" {w}" for w in r.workers)
+        case ForgetRequest():
+            return f"forget {command.request_id}"
+        case EndBusRequest():
+            return f"end {command.reply_inbox}: {command.message}"
+        case RequestAccepted():
+            return f"{command.router_id}: accepted {command.request_id}"
+        case RequestRefused():
+            return f"{command.router_id}: refused {command.request_id} {command.code}: {command.message}"
+        case RequestInterrupted():
+            return f"{command.router_id}: interrupted {command.request_id} attempt={command.attempt}: {command.reason}"
+        case RequestFailed():
+            return f"{command.router_id}: failed {command.request_id} retryable={command.retryable}: {command.message}"
+        case ExpectKv():
+            return f"{command.worker_id}: expect {command.spec.request_id}"
+        case RunPrefill():
+            return f"{command.worker_id}: prefill {command.spec.request_id} for {command.decode_worker_id}"
+        case DropRequest():
+            return f"{command.worker_id}: drop {command.request_id} attempt={command.attempt}"
+        case FormGroup():
+            return f"coordinator: form {command.spec.request_id} on {' '.join(command.members)}"
+        case PauseGroup() | ResumeGroup() | DissolveGroup():
+            return f"coordinator: {type(command).__name__.removesuffix('Group').lower()} {command.request_id}"
+
+
+def replay(text: str) -> str:
+    """Run a scenario; return its text with the answers as they are now. `check()` runs after each event."""
+    settings: dict[str, object] = {}
+    scheduler: Scheduler | None = None
+    out: list[str] = []
+    for line in text.splitlines():
+        if line.startswith("→"):
+            continue
+        out.append(line)
+        if not line.strip() or line.startswith("#"):
+            continue
+        words = line.split()
+        if words[0] == "set":
+            for word in words[1:]:
+                key, value = word.split("=")
+                settings[key] = value if key == "policy" else type(getattr(SchedulerConfig(), key))(value)
+            continue
+        if scheduler is None:
+            scheduler = Scheduler(SchedulerConfig(**settings), epoch=1)
+        options = dict(w.split("=", 1) for w in words[2:] if "=" in w)
+        args = [w for w in words[2:] if "=" not in w]
+        commands = scheduler.handle(parse_event(words[1], args, options), float(words[0]))
+        scheduler.check()
+        out += [f"→ {render(c)}" for c in commands]
+    return "\n".join(out) + "\n"
