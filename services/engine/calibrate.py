@@ -16,10 +16,10 @@ from services.engine.kv_cache import KvShape, SequenceKv
 from services.engine.model import LoadedModel
 from services.engine.prefill import PassRun
 
-_TOKENS, _PAST = 256, 2048
+_TOKENS, _PAST = 128, 1024
 """Size of the measured passes, where the context allows: large enough for the slope to stand out."""
 
-_BUDGET_S = 2.0
+_BUDGET_S = 1.5
 """No further repetition is begun after this."""
 
 _LEAST_S = 1e-9

@@ -15,6 +15,7 @@ import torch
 from common.messages.cluster import StepCost
 from common.messages.requests import Prompt, RequestSpec, SamplingParams
 from common.units import RequestId, RouterId
+from services.engine.attention import CAUSAL_BLOCK
 from services.engine.interface import EngineError, KvFull, LayerKv, PassResult, Segment
 from services.engine.model import LoadedModel, load_model
 from services.engine.prefill import PassRun
@@ -236,6 +237,16 @@ def assemble(pieces: list[LayerKv], model: LoadedModel, tokens: int) -> torch.Te
             out[piece.layer, at // model.kv_heads, at % model.kv_heads, piece.start : piece.start + piece.tokens] = head
     assert set(done.values()) == {tokens}
     return out
+
+
+async def test_a_chunk_longer_than_the_causal_block(engine: TorchPrefillEngine, hook: Hook, llama_folder: Path) -> None:
+    tokens = 30 + 2 * CAUSAL_BLOCK // 3 + CAUSAL_BLOCK
+    prompt = random_prompt(random.Random(4), tokens)
+    engine.open(spec("a", prompt, 1), prompt, None)
+    await engine.run([segment("a", 0, 30)])
+    await engine.run([segment("a", 30, tokens - 30, sample=True)])
+    logits = reference_greedy(reference_model(llama_folder), prompt, 1)[1][0]
+    assert float((hook.logits["a"][0] - logits).abs().max()) < 1e-4
 
 
 async def test_layers_reach_the_sink_in_order_while_computing(
