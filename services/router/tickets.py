@@ -1,0 +1,118 @@
+"""A client's request as its handler sees it: a stream of pieces, bounded, ending in a last piece or an error."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from common.messages.requests import FinishReason, TokenLogprob
+from common.units import RequestId
+from services.router.api_errors import ApiError
+from services.router.text import Decode, TextStream
+from services.router.validate import Draft
+
+PIECES_MAX = 2_048
+"""Pieces that wait for a slow client; then its request is cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one choice gained. `token_ids` has every generated token, stop tokens too; `text` leaves those out."""
+
+    choice: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    """One per token, or none."""
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def as_dict(self) -> dict[str, int]:
+        total = self.prompt_tokens + self.completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": total,
+        }
+
+
+@dataclass(slots=True)
+class Choice:
+    """One generation of the request."""
+
+    request_id: RequestId
+    draft: Draft
+    text: TextStream
+    generated: int = 0
+    ended: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """Made by `Router.open`; must be handed to `Router.close` in the end, whatever happened."""
+
+    request_id: RequestId
+    choices: list[Choice]
+    prompt_tokens: int
+    _pieces: deque[Piece] = field(default_factory=deque)
+    _error: ApiError | None = None
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Every piece, until all choices have ended. Raises: ApiError, the end of the whole request."""
+        while True:
+            while self._pieces:
+                yield self._pieces.popleft()
+            if self._error is not None:
+                raise self._error
+            if self.ended:
+                return
+            self._wake.clear()
+            await self._wake.wait()
+
+    @property
+    def ended(self) -> bool:
+        return self._error is not None or all(choice.ended for choice in self.choices)
+
+    @property
+    def full(self) -> bool:
+        return len(self._pieces) >= PIECES_MAX
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens of each prompt once, and every generated token, stop tokens too."""
+        return Usage(self.prompt_tokens, sum(choice.generated for choice in self.choices))
+
+    def put(self, piece: Piece) -> None:
+        self._pieces.append(piece)
+        self._wake.set()
+
+    def fail(self, error: ApiError) -> None:
+        """The first error is the one the client hears; after a last piece, none."""
+        if not self.ended:
+            self._error = error
+            self._wake.set()
+
+
+def make_ticket(
+    request_id: RequestId, drafts: Sequence[Draft], decode: Decode, *, choices_per_prompt: int = 1
+) -> Ticket:
+    """A choice per draft. One alone keeps the request's id; of several, choice i is `<id>-<i>`."""
+    choices = [
+        Choice(
+            RequestId(request_id if len(drafts) == 1 else f"{request_id}-{i}"),
+            draft,
+            TextStream(decode, stops=draft.stop, stop_token_ids=draft.stop_token_ids),
+        )
+        for i, draft in enumerate(drafts)
+    ]
+    prompt_tokens = sum(len(draft.prompt_ids) for draft in drafts[::choices_per_prompt])
+    return Ticket(request_id, choices, prompt_tokens)
