@@ -403,14 +403,17 @@ class SpCoordinator:
 
     def _overdue(self, group: Group) -> None:
         """Somebody's time is up: repeat what may be repeated, give up who is silent."""
-        due_s = self._now_s - self._answer_s
         for rank in group.in_phase(R.STARTING):
-            if rank.asked_s <= due_s:
+            if self._is_due(rank):
                 self._tell(group, rank, R.STARTING, RunSegment)
-        silent = [rank for rank in group.ranks if group.owes(rank) and rank.asked_s <= due_s]
+        silent = [rank for rank in group.ranks if group.owes(rank) and self._is_due(rank)]
         for rank in silent:
             self._silent(group, rank)
         self._settle(group)
+
+    def _is_due(self, rank: Rank) -> bool:
+        # The very sum that made the deadline: another order of operations would round otherwise.
+        return rank.asked_s + self._answer_s <= self._now_s
 
     def _silent(self, group: Group, rank: Rank) -> None:
         self._note(group.spec.request_id, f"{group.name(rank)}, {rank.phase}, is silent")

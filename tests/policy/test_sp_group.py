@@ -51,7 +51,7 @@ class Scene:
         self.core = core or SpCoordinator(ANSWER_S)
         self.members = tuple(f"w{n}" for n in range(ranks))
         self.request_id, self.attempt = request_id, attempt
-        self.now_s = 0.0
+        self.now_s = 0.1  # not a round number: deadlines must not depend on how a sum is rounded
 
     @property
     def ids(self):
@@ -87,9 +87,17 @@ class Scene:
         return out
 
     def pass_time(self, seconds):
-        self.now_s += seconds
+        """As a shell would: the clock reads the deadline itself when it is due."""
+        until_s = self.now_s + seconds
         deadline_s = self.core.next_deadline_s()
-        return self.tell(TimePassed()) if deadline_s is not None and deadline_s <= self.now_s else []
+        if deadline_s is None or deadline_s > until_s + 1e-6:
+            self.now_s = until_s
+            return []
+        self.now_s = deadline_s
+        commands = self.tell(TimePassed())
+        following_s = self.core.next_deadline_s()
+        assert following_s is None or following_s > self.now_s, "a deadline that stays due"
+        return commands
 
     def prefilling(self):
         self.order(FormGroup)
