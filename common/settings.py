@@ -120,6 +120,7 @@ class PrefillWorkerSettings(WorkerSettings, frozen=True, kw_only=True):
 
 class DecodeWorkerSettings(WorkerSettings, frozen=True, kw_only=True):
     rows_max: Annotated[Count, Meta(description="sequences in one decode batch")] = 32
+    expect_s: Annotated[Duration, Meta(description="how long KV stays reserved for a prompt that does not come")] = 30.0
 
 
 POSITIONAL = "positional"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 
 from common.logs import get_logger
 from common.units import Attempt, RequestId
@@ -145,7 +146,7 @@ class _Connection:
         for view in views:
             await self._channel.fill(view, patience_s=self._channel.silence_s)
         try:
-            stream.end_piece(frame.layer, frame.tokens, views, asyncio.get_running_loop().time())
+            stream.end_piece(frame.layer, frame.tokens, views, time.monotonic())
         except StreamRefused as refusal:
             self._refuse(frame.stream, str(refusal))
         await asyncio.sleep(0)  # a fast sender must not keep the loop from its other tasks
