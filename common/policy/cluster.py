@@ -262,8 +262,8 @@ class Cluster:
         for request in self.requests.values():
             self._check_request(request)
         indexed = set(self.idle.ids()) | set(self.decoding.ids()) | set(self.prefilling.ids())
-        _require(indexed == set(self.replicas), "every replica is in exactly one index")
-        _require(
+        require(indexed == set(self.replicas), "every replica is in exactly one index")
+        require(
             len(self.idle) + len(self.decoding) + len(self.prefilling) == len(self.replicas),
             "no replica is in two indexes",
         )
@@ -271,19 +271,19 @@ class Cluster:
     def _check_worker(self, worker: Replica | Decoder) -> None:
         name = worker.worker_id
         total = sum(r.tokens for r in worker.held.values())
-        _require(worker.kv_reserved == total, f"{name}: KV {worker.kv_reserved} != sum {total}")
-        _require(total <= worker.profile.kv_capacity_tokens, f"{name}: {total} tokens of KV exceed its capacity")
+        require(worker.kv_reserved == total, f"{name}: KV {worker.kv_reserved} != sum {total}")
+        require(total <= worker.profile.kv_capacity_tokens, f"{name}: {total} tokens of KV exceed its capacity")
         if isinstance(worker, Decoder):
-            _require(len(worker.held) <= worker.profile.rows_max, f"{name}: more rows than it has")
+            require(len(worker.held) <= worker.profile.rows_max, f"{name}: more rows than it has")
             return
-        _require(worker.queued_tokens == sum(worker.queued.values()), f"{name}: queue accounting")
-        _require(worker.queued.keys() <= worker.held.keys(), f"{name}: a queued short holds no KV")
+        require(worker.queued_tokens == sum(worker.queued.values()), f"{name}: queue accounting")
+        require(worker.queued.keys() <= worker.held.keys(), f"{name}: a queued short holds no KV")
         if worker.long is not None:
             long = self.requests.get(worker.long)
-            _require(long is not None and long.state in PREFILLING_LONG, f"{name}: seats {worker.long} in vain")
+            require(long is not None and long.state in PREFILLING_LONG, f"{name}: seats {worker.long} in vain")
         for request_id in worker.decoding:
             long = self.requests.get(request_id)
-            _require(long is not None and long.state is RequestState.DECODING, f"{name}: {request_id} decodes not")
+            require(long is not None and long.state is RequestState.DECODING, f"{name}: {request_id} decodes not")
 
     def _check_request(self, request: Request) -> None:
         name, state = request.request_id, request.state
@@ -291,22 +291,23 @@ class Cluster:
             seated = state in PREFILLING_LONG
             for worker_id in request.members:
                 replica = self.replicas.get(worker_id)
-                _require(replica is not None, f"{name}: its member {worker_id} is gone")
+                require(replica is not None, f"{name}: its member {worker_id} is gone")
                 assert replica is not None
-                _require((replica.long == name) == seated, f"{name}: seat on {worker_id} while {state.value}")
-                _require(request.key in replica.held, f"{name}: no KV on {worker_id} while {state.value}")
-            _require(bool(request.members) == (state not in (RequestState.QUEUED, RequestState.INTERRUPTED)), name)
+                require((replica.long == name) == seated, f"{name}: seat on {worker_id} while {state.value}")
+                require(request.key in replica.held, f"{name}: no KV on {worker_id} while {state.value}")
+            require(bool(request.members) == (state not in (RequestState.QUEUED, RequestState.INTERRUPTED)), name)
             return
         active = state in (RequestState.PREFILLING, RequestState.HANDOFF, RequestState.DECODING)
-        _require((request.decode_worker is not None) == active, f"{name}: {state.value} without a decoder")
+        require((request.decode_worker is not None) == active, f"{name}: {state.value} without a decoder")
         if request.decode_worker is not None:
             decoder = self.decoders.get(request.decode_worker)
-            _require(decoder is not None and request.key in decoder.held, f"{name}: no KV reserved for its decode")
+            require(decoder is not None and request.key in decoder.held, f"{name}: no KV reserved for its decode")
         if state is RequestState.PREFILLING and request.prefill_worker is not None:
             replica = self.replicas.get(request.prefill_worker)
-            _require(replica is not None and request.key in replica.held, f"{name}: no KV reserved for its prefill")
+            require(replica is not None and request.key in replica.held, f"{name}: no KV reserved for its prefill")
 
 
-def _require(holds: bool, what: str) -> None:
+def require(holds: bool, what: str) -> None:
+    """Raises: InvariantViolated."""
     if not holds:
         raise InvariantViolated(what)

@@ -1,116 +1,178 @@
-"""Who is there: leases of workers, routers and the coordinator, and roles that nobody fills."""
+"""Who is there, and what follows when somebody is not: heartbeats, losses, and messages that went missing."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Sequence
 
-from common.policy.cluster import Cluster, SchedulerConfig
-from common.policy.timers import Timers
-from common.units import CoordinatorId, RouterId, WorkerId
-
-Role = Literal["prefill worker", "decode worker", "SP coordinator"]
-_Lease = tuple[Literal["worker", "router", "coordinator"], str]
-
-
-@dataclass(slots=True)
-class Lost:
-    """Whose lease ran out."""
-
-    workers: list[WorkerId] = field(default_factory=list)
-    routers: list[RouterId] = field(default_factory=list)
-    coordinator: bool = False
+from common.messages.cluster import CoordinatorHeartbeat, RouterHeartbeat, WorkerHeartbeat, WorkerLeft, WorkerProfile
+from common.messages.sp import DissolveGroup, PauseGroup, ResumeGroup
+from common.policy.cluster import Decoder, Replica, Request
+from common.policy.leases import Leases, Role
+from common.policy.ledger import Ledger
+from common.policy.lifecycle import IN_GROUP, RequestState
+from common.policy.reconcile import compare_holdings
+from common.policy.scheduler_io import EndBusRequest
+from common.units import RequestId, RouterId, WorkerId
 
 
 class Membership:
-    """A lease is renewed by a heartbeat; a role is missing when nobody filled it for `no_worker_s`."""
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._config = ledger.config
+        self._cluster = ledger.cluster
+        self._policy = ledger.policy
+        self._counters = ledger.counters
+        self._leases = Leases(ledger.config)
 
-    def __init__(self, config: SchedulerConfig) -> None:
-        self._config = config
-        self._leases: Timers[_Lease] = Timers()
-        self._missing_since: dict[Role, float] = {}
-        self._started = False
-        self._wake: Timers[Role] = Timers()
-        self.routers: set[RouterId] = set()
-        self._coordinator: tuple[CoordinatorId, str] | None = None
-
-    def started(self, now_s: float) -> None:
-        """The first event: from now on every role that is not filled is missing."""
-        if not self._started:
-            self._started = True
-            for role in ("prefill worker", "decode worker", "SP coordinator"):
-                self._begin_missing(role, now_s)
-
-    def _begin_missing(self, role: Role, now_s: float) -> None:
-        self._missing_since[role] = now_s
-        self._wake.at(now_s + self._config.no_worker_s, role)
-
-    def roles_changed(self, cluster: Cluster, now_s: float) -> None:
-        filled: dict[Role, bool] = {
-            "prefill worker": bool(cluster.replicas),
-            "decode worker": bool(cluster.decoders),
-            "SP coordinator": cluster.can_form_groups,
-        }
-        for role, there in filled.items():
-            if there:
-                self._missing_since.pop(role, None)
-                self._wake.drop(role)
-            elif role not in self._missing_since:
-                self._begin_missing(role, now_s)
-
-    def missing_role(self, cluster: Cluster, now_s: float, *, is_long: bool) -> Role | None:
-        """A role such a request needs and that nobody has filled for too long."""
-        needed: tuple[Role, ...] = (
-            ("prefill worker", "SP coordinator") if is_long else ("prefill worker", "decode worker")
-        )
-        for role in needed:
-            since_s = self._missing_since.get(role)
-            if since_s is not None and now_s - since_s >= self._config.no_worker_s:
-                return role
-        return None
-
-    # --- leases ----------------------------------------------------------------------------------
-
-    def worker_heard(self, worker_id: WorkerId, now_s: float) -> None:
-        self._leases.at(now_s + self._config.lease_s, ("worker", worker_id))
-
-    def worker_gone(self, worker_id: WorkerId) -> None:
-        self._leases.drop(("worker", worker_id))
-
-    def router_heard(self, router_id: RouterId, now_s: float) -> None:
-        self.routers.add(router_id)
-        self._leases.at(now_s + self._config.lease_s, ("router", router_id))
-
-    def router_gone(self, router_id: RouterId) -> None:
-        self.routers.discard(router_id)
-        self._leases.drop(("router", router_id))
-
-    def coordinator_heard(self, coordinator_id: CoordinatorId, incarnation: str, now_s: float) -> bool:
-        """True: another one than before, which knows none of the groups."""
-        replaced = self._coordinator is not None and self._coordinator != (coordinator_id, incarnation)
-        self._coordinator = (coordinator_id, incarnation)
-        self._leases.at(now_s + self._config.lease_s, ("coordinator", ""))
-        return replaced
-
-    def coordinator_gone(self) -> None:
-        self._leases.drop(("coordinator", ""))
-
-    def expired(self, now_s: float) -> Lost:
-        lost = Lost()
-        for kind, name in self._leases.due(now_s):
-            if kind == "worker":
-                lost.workers.append(WorkerId(name))
-            elif kind == "router":
-                lost.routers.append(RouterId(name))
-            else:
-                self._coordinator = None
-                lost.coordinator = True
-        for _ in self._wake.due(now_s):
-            pass  # due: `missing_role` now says so
-        return lost
+    def begin(self) -> None:
+        """Before each event."""
+        self._leases.started(self._ledger.now_s)
 
     def next_deadline_s(self) -> float | None:
-        lease_s, wake_s = self._leases.next_s(), self._wake.next_s()
-        if lease_s is None or wake_s is None:
-            return wake_s if lease_s is None else lease_s
-        return min(lease_s, wake_s)
+        return self._leases.next_deadline_s()
+
+    def routers(self) -> Sequence[RouterId]:
+        return sorted(self._leases.routers)
+
+    def router_heard(self, router_id: RouterId) -> None:
+        self._leases.router_heard(router_id, self._ledger.now_s)
+
+    def missing_role(self, *, is_long: bool) -> Role | None:
+        """A role such a request needs and that nobody has filled for too long."""
+        return self._leases.missing_role(self._ledger.now_s, is_long=is_long)
+
+    def expire(self) -> None:
+        lost = self._leases.expired(self._ledger.now_s)
+        for worker_id in lost.workers:
+            self._lose_worker(worker_id, "gave no sign of life")
+        for router_id in lost.routers:
+            self.lose_router(router_id)
+        if lost.coordinator:
+            self._lose_coordinator("the SP coordinator gave no sign of life")
+        for request_id in list(self._ledger.awaiting.due(self._ledger.now_s)):
+            request = self._cluster.requests.get(request_id)
+            if request is not None and request.state is RequestState.INTERRUPTED:
+                self._ledger.fail(request, "interrupted, and its router did not submit it again", True)
+        self._fail_unservable()
+
+    def _fail_unservable(self) -> None:
+        for is_long in (False, True):
+            waits = self._policy.waiting_longs() if is_long else self._policy.waiting_shorts()
+            missing = self.missing_role(is_long=is_long) if waits else None
+            if missing is None:
+                continue
+            for request in [r for r in self._policy.waiting(self._config.queue_max) if r.is_long is is_long]:
+                self._ledger.fail(request, f"no {missing} has been running for {self._config.no_worker_s:g} s", True)
+
+    def on_worker_heartbeat(self, event: WorkerHeartbeat) -> None:
+        profile = event.profile
+        worker = self._cluster.worker(profile.worker_id)
+        if worker is not None and worker.profile.incarnation != profile.incarnation:
+            self._lose_worker(profile.worker_id, "was restarted")
+            worker = None
+        self._leases.worker_heard(profile.worker_id, self._ledger.now_s)
+        if worker is None:
+            worker = self._add_worker(profile)
+        worker.heard_s = self._ledger.now_s
+        diff = compare_holdings(worker, event.holdings, self._ledger.now_s, self._ledger.grace_s)
+        for key in diff.unknown + diff.undropped:
+            self._ledger.order_drop(worker, key)
+        for key in diff.gone:
+            self._ledger.release(worker.worker_id, key)
+            request = self._ledger.current(*key)
+            if request is not None:
+                self._ledger.mind_release(request, worker.worker_id)
+
+    def _add_worker(self, profile: WorkerProfile) -> Replica | Decoder:
+        worker = self._cluster.add_worker(profile, self._ledger.now_s)
+        self._leases.roles_changed(self._cluster, self._ledger.now_s)
+        self._policy.worker_added(profile.worker_id, self._cluster)
+        return worker
+
+    def on_worker_left(self, event: WorkerLeft) -> None:
+        worker = self._cluster.worker(event.worker_id)
+        if worker is not None and worker.profile.incarnation == event.incarnation:
+            self._lose_worker(event.worker_id, "was stopped")
+
+    def _lose_worker(self, worker_id: WorkerId, why: str) -> None:
+        worker = self._cluster.worker(worker_id)
+        if worker is None:
+            return
+        touched = [request for key in list(worker.held) if (request := self._ledger.current(*key)) is not None]
+        needed = [r for r in touched if r.is_long or worker_id == r.decode_worker or r.state is RequestState.PREFILLING]
+        for request in needed:
+            self._cluster.unseat_long(request, decodes=False)
+        self._cluster.remove_worker(worker_id)
+        self._leases.worker_gone(worker_id)
+        self._leases.roles_changed(self._cluster, self._ledger.now_s)
+        self._policy.worker_lost(worker_id, self._cluster)
+        self._counters["workers_lost"] += 1
+        for request in needed:
+            self._ledger.interrupt(request, f"worker {worker_id} {why}")
+
+    def on_router_heartbeat(self, event: RouterHeartbeat) -> None:
+        self._leases.router_heard(event.router_id, self._ledger.now_s)
+        waiting = dict(event.waiting)
+        for request_id, attempt in waiting.items():
+            self._mind_waiting(request_id, attempt, event.router_id)
+        for request_id in sorted(self._ledger.by_router.get(event.router_id, set()) - waiting.keys()):
+            request = self._cluster.requests[request_id]
+            if self._ledger.now_s - request.arrived_s > self._ledger.grace_s:
+                self._ledger.end(request, "cancelled")
+
+    def _mind_waiting(self, request_id: RequestId, attempt: int, router_id: RouterId) -> None:
+        """A router waits for it: make sure that somebody works on it."""
+        request = self._cluster.requests.get(request_id)
+        if request is None:
+            ended = self._ledger.ended.get(request_id)
+            if ended is None or self._ledger.now_s - ended[1] > self._ledger.grace_s:
+                self._ledger.ask_resubmission(request_id, attempt, router_id, "unknown to the scheduler")
+        elif (
+            request.state is RequestState.INTERRUPTED
+            and request.spec.attempt == attempt
+            and self._ledger.now_s - request.state_since_s > self._config.heartbeat_s
+        ):
+            self._ledger.ask_resubmission(request_id, attempt, router_id, "interrupted")
+
+    def lose_router(self, router_id: RouterId) -> None:
+        self._leases.router_gone(router_id)
+        for request_id in sorted(self._ledger.by_router.get(router_id, set())):
+            request = self._cluster.requests[request_id]
+            self._ledger.end(request, "cancelled")
+            if request.spec.reply_inbox is not None:
+                message = "the router that served this request was lost; send it again"
+                inbox = request.spec.reply_inbox
+                self._ledger.out.append(EndBusRequest(reply_inbox=inbox, request_id=request_id, message=message))
+
+    def on_coordinator_heartbeat(self, event: CoordinatorHeartbeat) -> None:
+        if self._leases.coordinator_heard(event.coordinator_id, event.incarnation, self._ledger.now_s):
+            self._lose_coordinator("the SP coordinator was restarted")
+        self._cluster.can_form_groups = True
+        self._leases.roles_changed(self._cluster, self._ledger.now_s)
+        self._policy.decoder_eased()
+        driving = set(event.driving)
+        for request in list(self._ledger.grouped.values()):
+            if self._ledger.now_s - request.state_since_s <= self._ledger.grace_s:
+                continue
+            if request.key not in driving:
+                self._ledger.interrupt(request, "the SP coordinator lost its group")
+            else:
+                self._remind(request)
+        for request_id, attempt in sorted(driving):
+            current = self._ledger.current(request_id, attempt)
+            if current is None or current.state not in IN_GROUP:
+                self._ledger.emit(DissolveGroup(request_id=request_id, attempt=attempt))
+
+    def _remind(self, request: Request) -> None:
+        """An order to pause or resume, or its answer, was lost: give it again (the coordinator repeats its answer)."""
+        if request.state is RequestState.PAUSING:
+            self._ledger.emit(PauseGroup(request_id=request.request_id, attempt=request.spec.attempt))
+        elif request.state is RequestState.RESUMING:
+            self._ledger.emit(ResumeGroup(request_id=request.request_id, attempt=request.spec.attempt))
+
+    def _lose_coordinator(self, why: str) -> None:
+        self._cluster.can_form_groups = False
+        self._leases.coordinator_gone()
+        self._leases.roles_changed(self._cluster, self._ledger.now_s)
+        for request in list(self._ledger.grouped.values()):
+            self._ledger.interrupt(request, why)

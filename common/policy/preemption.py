@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
 EPSILON_S = 1e-6
 """Below the resolution of any of these estimates: a wait this short is no wait. (Without it, rounding makes
 a deadline come due a hair before the condition it was computed from holds.)"""

@@ -1,0 +1,248 @@
+"""The scheduler's ledger: the cluster's books, and what may be done to a request, each with all it entails.
+
+A request moves, is interrupted, fails, ends: here each of these keeps the books, the policy, the record in
+the store and the owners informed, so that a handler says only *what* happens. Messages gather in `out`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+
+import msgspec
+
+from common.messages.base import Record
+from common.messages.decode import ExpectKv
+from common.messages.prefill import DropRequest, RunPrefill
+from common.messages.records import RequestRecord
+from common.messages.scheduling import RequestAccepted, RequestFailed, RequestInterrupted, RequestRefused
+from common.messages.sp import DissolveGroup, FormGroup, PauseGroup, ResumeGroup
+from common.policy.baselines import FifoPolicy
+from common.policy.cluster import Cluster, Decoder, HoldKey, Replica, Request, SchedulerConfig, require
+from common.policy.decisions import SchedulingPolicy
+from common.policy.lifecycle import IN_GROUP, RequestState, require_legal
+from common.policy.pecsched import PecSchedPolicy
+from common.policy.scheduler_io import ForgetRequest, SaveRequest, SchedulerCommand
+from common.policy.story import StoryLog
+from common.policy.timers import Timers
+from common.units import RequestId, RouterId, WorkerId
+
+ENDED_REMEMBERED_MAX = 10_000
+
+
+def make_policy(config: SchedulerConfig) -> SchedulingPolicy:
+    """Raises: ValueError for an unknown name."""
+    if config.policy == "pecsched":
+        return PecSchedPolicy(config)
+    if config.policy == "fifo":
+        return FifoPolicy(config)
+    raise ValueError(f"unknown policy {config.policy!r}: use 'pecsched' or 'fifo'")
+
+
+class Ledger:
+    """Shared by the scheduler's handlers; `now_s` and `cause` are those of the event being handled."""
+
+    def __init__(self, config: SchedulerConfig, epoch: int) -> None:
+        self.config = config
+        self.epoch = epoch
+        self.cluster = Cluster()
+        self.policy = make_policy(config)
+        self.counters: Counter[str] = Counter()
+        self.stories = StoryLog()
+        self.by_router: dict[RouterId, set[RequestId]] = {}
+        self.grouped: dict[RequestId, Request] = {}
+        """Longs that have a group."""
+        self.ended: OrderedDict[RequestId, tuple[int, float]] = OrderedDict()
+        """Attempt and time of requests that ended a while ago: late messages about them mean nothing."""
+        self.awaiting: Timers[RequestId] = Timers()
+        """Interrupted requests and when their routers must have answered."""
+        self.out: list[SchedulerCommand] = []
+        self.now_s = 0.0
+        self.cause = ""
+
+    @property
+    def grace_s(self) -> float:
+        """Orders and events younger than this may not have reached the other side."""
+        return 2.5 * self.config.heartbeat_s
+
+    def check(self) -> None:
+        """Raises: InvariantViolated."""
+        self.cluster.check()
+        requests = self.cluster.requests
+        grouped = {r for r, request in requests.items() if request.is_long and request.state in IN_GROUP}
+        require(grouped == set(self.grouped), "the set of groups matches the states")
+        owned = {r for ids in self.by_router.values() for r in ids}
+        require(owned == set(requests), "every request has its router")
+        waiting = sum(r.state is RequestState.QUEUED for r in requests.values())
+        require(waiting == self.policy.waiting_shorts() + self.policy.waiting_longs(), "what is queued waits once")
+
+    def note(self, request_id: RequestId, what: Record | str) -> None:
+        """Into the request's story."""
+        self.stories.note(request_id, self.now_s, self.cause, what)
+
+    def move(self, request: Request, state: RequestState) -> None:
+        require_legal(request.state, state, long=request.is_long, story=self.stories.tell(request.request_id))
+        request.state = state
+        request.state_since_s = self.now_s
+        if request.is_long:
+            if state in IN_GROUP:
+                self.grouped[request.request_id] = request
+            else:
+                self.grouped.pop(request.request_id, None)
+            self.policy.long_changed(request)
+
+    def current(self, request_id: RequestId, attempt: int) -> Request | None:
+        """The request, if this attempt of it is the running one."""
+        request = self.cluster.requests.get(request_id)
+        return request if request is not None and request.spec.attempt == attempt else None
+
+    # --- ends and interruptions ------------------------------------------------------------------
+
+    def abandon(self, request: Request, *, withdraw: bool = True) -> None:
+        """This attempt is over. `withdraw`: tell whoever works on it; without, they know by themselves. KV
+        on live workers stays on the books until freed there."""
+        if request.state is RequestState.QUEUED:
+            self.policy.forget(request)
+        elif not withdraw:
+            pass
+        elif request.is_long:
+            self._dissolve(request)
+        else:
+            for worker_id in request.workers:
+                self.drop_on(worker_id, request.key)
+        request.prefill_worker = request.decode_worker = None
+        request.members = ()
+        request.pauses = None
+
+    def _dissolve(self, request: Request) -> None:
+        if request.state not in IN_GROUP:
+            return
+        for worker_id in request.members:
+            worker = self.cluster.replicas.get(worker_id)
+            if worker is not None and request.key in worker.held:
+                worker.held[request.key].ordered_s = self.now_s
+                worker.held[request.key].dropped = True
+                if not self.cluster.can_form_groups:
+                    self.drop_on(worker_id, request.key)
+        self.emit(DissolveGroup(request_id=request.request_id, attempt=request.spec.attempt))
+        self.cluster.unseat_long(request, decodes=False)
+        for worker_id in request.members:
+            self.policy.replica_eased(worker_id, self.cluster)
+
+    def drop_on(self, worker_id: WorkerId, key: HoldKey) -> None:
+        worker = self.cluster.worker(worker_id)
+        if worker is None or key not in worker.held:
+            return
+        self.order_drop(worker, key)
+        if isinstance(worker, Replica):
+            self.cluster.dequeue_short(worker_id, key)
+            self.policy.replica_eased(worker_id, self.cluster)
+
+    def order_drop(self, worker: Replica | Decoder, key: HoldKey) -> None:
+        if key in worker.held:
+            worker.held[key].dropped = True
+            worker.held[key].ordered_s = self.now_s
+        self.emit(DropRequest(worker_id=worker.worker_id, request_id=key[0], attempt=key[1]))
+
+    def end(self, request: Request, how: str, *, withdraw: bool = True) -> None:
+        """Off the books. `how` is counted: finished, cancelled, failed."""
+        self.abandon(request, withdraw=withdraw)
+        request_id = request.request_id
+        del self.cluster.requests[request_id]
+        self.grouped.pop(request_id, None)
+        self.awaiting.drop(request_id)
+        self.by_router[request.spec.router_id].discard(request_id)
+        if not self.by_router[request.spec.router_id]:
+            del self.by_router[request.spec.router_id]
+        self.ended[request_id] = (request.spec.attempt, self.now_s)
+        if len(self.ended) > ENDED_REMEMBERED_MAX:
+            self.ended.popitem(last=False)
+        self.counters[how] += 1
+        self.counters[f"{how}_{request.length_class}"] += 1
+        self.note(request_id, how)
+        self.out.append(ForgetRequest(request_id=request_id))
+
+    def fail(self, request: Request, message: str, retryable: bool, *, withdraw: bool = True) -> None:
+        self.end(request, "failed", withdraw=withdraw)
+        self.emit(
+            RequestFailed(
+                request_id=request.request_id,
+                attempt=request.spec.attempt,
+                router_id=request.spec.router_id,
+                message=message,
+                retryable=retryable,
+            )
+        )
+
+    def interrupt(self, request: Request, reason: str, *, withdraw: bool = True) -> None:
+        """This attempt is lost; its router knows what was delivered and submits the rest."""
+        if request.state in (RequestState.QUEUED, RequestState.INTERRUPTED):
+            return
+        self.counters["interrupted"] += 1
+        if request.spec.attempt >= self.config.attempts_max:
+            message = f"given up after {request.spec.attempt + 1} attempts; the last ended with: {reason}"
+            self.fail(request, message, True, withdraw=withdraw)
+            return
+        self.abandon(request, withdraw=withdraw)
+        self.move(request, RequestState.INTERRUPTED)
+        self.awaiting.at(self.now_s + self.config.lease_s, request.request_id)
+        self.save(request)
+        self.ask_resubmission(request.request_id, request.spec.attempt, request.spec.router_id, reason)
+
+    def ask_resubmission(self, request_id: RequestId, attempt: int, router_id: RouterId, reason: str) -> None:
+        self.emit(RequestInterrupted(request_id=request_id, attempt=attempt, router_id=router_id, reason=reason))
+
+    def release(self, worker_id: WorkerId, key: HoldKey) -> None:
+        self.cluster.release(worker_id, key)
+        if worker_id in self.cluster.replicas:
+            self.policy.replica_eased(worker_id, self.cluster)
+        else:
+            self.policy.decoder_eased()
+
+    # --- out -------------------------------------------------------------------------------------
+
+    def save(self, request: Request) -> None:
+        record = RequestRecord(
+            spec=request.spec,
+            length_class=request.length_class,
+            state=request.state.value,
+            workers=request.workers,
+            epoch=self.epoch,
+        )
+        self.out.append(SaveRequest(record=record))
+
+    def emit(
+        self,
+        command: RequestAccepted
+        | RequestRefused
+        | RequestInterrupted
+        | RequestFailed
+        | RunPrefill
+        | ExpectKv
+        | DropRequest
+        | FormGroup
+        | PauseGroup
+        | ResumeGroup
+        | DissolveGroup,
+    ) -> None:
+        """Stamp a message with its cause and this scheduler's epoch, and send it."""
+        command = msgspec.structs.replace(command, cause=self.cause, epoch=self.epoch)
+        request_id = (
+            command.spec.request_id if isinstance(command, RunPrefill | ExpectKv | FormGroup) else command.request_id
+        )
+        self.note(request_id, command)
+        self.out.append(command)
+
+    def accept(self, request: Request) -> None:
+        spec = request.spec
+        self.emit(RequestAccepted(request_id=spec.request_id, attempt=spec.attempt, router_id=spec.router_id))
+
+    def mind_release(self, request: Request, worker_id: WorkerId) -> None:
+        """A running request whose KV went away where it still counted on it missed a message."""
+        if request.is_long:
+            if worker_id in request.members:
+                self.interrupt(request, f"{worker_id} no longer holds its KV")
+        elif worker_id == request.decode_worker:
+            self.interrupt(request, f"{worker_id} no longer holds its KV")
+        elif worker_id == request.prefill_worker and request.state is RequestState.PREFILLING:
+            # Handed over: the word of the first token was lost, the decode worker's will come.
+            self.move(request, RequestState.HANDOFF)
