@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +55,7 @@ class Hook:
         """Ask for a stop during the step with this number, counted from now; 0: never."""
         self.steps = 0
         self.threads: list[str] = []
+        self.niceness: list[int] = []
         self.logits: dict[str, list[torch.Tensor]] = {}
         """Of every token drawn, by request."""
         self.began = asyncio.Event()
@@ -66,6 +69,7 @@ class Hook:
         def step(run: PassRun) -> None:
             self.steps += 1
             self.threads.append(threading.current_thread().name)
+            self.niceness.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
             if self.steps == self._hold_at and self._loop is not None:
                 self._loop.call_soon_threadsafe(self.began.set)
                 assert self.go_on.wait(10)
@@ -464,6 +468,18 @@ async def test_only_chunks_of_longs_run_in_the_background(engine: TorchPrefillEn
     assert await thread_of(segment("short", 10, 10, sample=True)) == "prefill"
     assert await thread_of(segment("long", 15, 5, sample=True)) == "prefill-long"
     assert await thread_of(segment("long", 20, 1, sample=True)) == "prefill"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own on Linux only")
+async def test_the_background_thread_is_niced_and_the_other_is_not(llama: LoadedModel, hook: Hook) -> None:
+    engine = TorchPrefillEngine(llama, COST, kv_capacity_tokens=CAPACITY, long_nice=3)
+    engine.open(spec("long", [3] * 20), [3] * 20, None)
+    engine.open(spec("short", [4] * 20), [4] * 20, lambda _: None)
+    await engine.run([segment("long", 0, 20)])
+    await engine.run([segment("short", 0, 20)])
+    base = os.getpriority(os.PRIO_PROCESS, 0)
+    assert (hook.niceness[0], hook.niceness[-1]) == (min(19, base + 3), base)
+    await engine.shutdown()
 
 
 async def test_draws_depend_on_seed_and_index_not_on_company(engine: TorchPrefillEngine) -> None:
