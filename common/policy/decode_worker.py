@@ -487,10 +487,11 @@ class DecodeWorkerCore:
         waits = phase in (RowPhase.EXPECTED, RowPhase.RECEIVING)
         _require(waits == (row.deadline_s is not None), f"{name}: deadline {row.deadline_s}")
         _require(not row.in_step or phase in (RowPhase.ACTIVE, RowPhase.CLOSING), f"{name}: in a step")
-        _require(phase is not RowPhase.ACTIVE or row.in_step, f"{name}: idle")
+        # One that became active while a step runs joins the next.
+        _require(phase is not RowPhase.ACTIVE or row.in_step or bool(self._running), f"{name}: idle")
         _require(phase is not RowPhase.ACTIVE or 0 < row.generated < row.spec.max_tokens, f"{name}: {row.generated}")
         _require(row.generated == 0 or phase in (RowPhase.ACTIVE, RowPhase.CLOSING), f"{name}: {row.generated} tokens")
-        _require(row.generated == 0 or row.in_step, f"{name}: generated, and nothing touches it")
+        _require(phase is not RowPhase.CLOSING or row.generated == 0 or row.in_step, f"{name}: closing for nothing")
         _require(row.successor is None or phase is RowPhase.CLOSING, f"{name}: has a successor")
         _require(phase is not RowPhase.EXPECTED or (row.request_id, row.attempt) not in self._offers, f"{name}: offer")
 
