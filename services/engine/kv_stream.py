@@ -42,7 +42,7 @@ class IncomingStream:
         self.in_piece = False
         """Memory of the receiver is being written."""
         self.unwanted: str | None = None
-        """Why the receiver wants no more; heeded when the piece is done."""
+        """Why the receiver wants no more; heeded when the piece is done, or its answer heard."""
         self._receiver = receiver
         self._received = [0] * header.layers
         self._crc = 0
@@ -57,6 +57,9 @@ class IncomingStream:
         """Ask the receiver. None: it accepts; a reason: it does not."""
         reason = await self._receiver.accept(self.header)
         self.receiving = reason is None
+        if self.receiving and self.unwanted is not None:  # it changed its mind before its answer was heard
+            self.end(self.unwanted)
+            return self.unwanted
         return reason
 
     def begin_piece(self, layer: int, start: int, tokens: int, nbytes: int) -> tuple[memoryview, ...]:

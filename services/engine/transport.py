@@ -78,11 +78,10 @@ class _Connection:
         for number, stream in list(self._streams.items()):
             if (stream.header.request_id, stream.header.attempt) != (request_id, attempt):
                 continue
-            if stream.in_piece:
+            if stream.receiving and not stream.in_piece:
+                self._refuse(number, "no longer wanted")
+            else:
                 stream.unwanted = "no longer wanted"
-            elif stream.receiving:
-                self._drop(number, "no longer wanted")
-                self._reply(StreamRefusedFrame(stream=number, reason="no longer wanted"))
 
     async def _heard(self, frame: SenderFrame) -> None:
         match frame:

@@ -183,11 +183,11 @@ class _MemoryStream:
         incoming = self.incoming
         if incoming is None:
             return
-        if incoming.in_piece:
-            incoming.unwanted = "no longer wanted"
-        elif incoming.receiving:
+        if incoming.receiving and not incoming.in_piece:
             incoming.end("no longer wanted")
             self.fail("refused by the receiver: no longer wanted")
+        else:
+            incoming.unwanted = "no longer wanted"
 
 
 class MemoryDataPlane:

@@ -110,7 +110,6 @@ async def test_the_receiver_may_answer_late(world: World) -> None:
         stream.push(piece(layer, 0, 5))
     finishing = asyncio.ensure_future(stream.finish(TRAILER))
     await asyncio.wait_for(inbox.offered.get(), 10)
-    # A second sequence is not held up by the first one's wait.
     assert inbox.pieces.empty()
     inbox.permission.set()
     await finishing
@@ -197,6 +196,19 @@ async def test_the_receiver_can_drop_a_stream_between_two_pieces(world: World) -
     with pytest.raises(TransferFailed, match="no longer wanted"):
         await stream.finish(TRAILER)
     assert inbox.ended.empty()
+
+
+async def test_the_receiver_can_drop_a_stream_before_its_answer_is_heard(world: World) -> None:
+    inbox = Inbox()
+    inbox.permission.clear()
+    sender, receiver, address = await world.start(inbox)
+    stream = sender.send(address, header())
+    await asyncio.wait_for(inbox.offered.get(), 10)
+    inbox.permission.set()
+    receiver.refuse("r1", 0)  # type: ignore[arg-type]
+    with pytest.raises(TransferFailed, match="no longer wanted"):
+        await stream.finish(TRAILER)
+    assert await inbox.breakage() == "no longer wanted"
 
 
 async def test_an_aborted_stream_is_broken_at_the_receiver(world: World) -> None:
