@@ -301,7 +301,7 @@ async def _prepare_model(settings: ServeSettings, env: Mapping[str, str]) -> Non
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), *convert),
         *("--model", settings.model, "--cache-dir", settings.cache_dir),
-        env=dict(env),
+        env={**env, "TQDM_DISABLE": "1"},  # a progress bar is no line
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,

@@ -40,7 +40,7 @@ def announcement(
     body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
     key = " -H 'Authorization: Bearer '\"$PECSCHED_API_KEY\"" if settings.api_key else ""
     server = "" if redacted(nats_url) != nats_url else f"--server {nats_url} "
-    request = """'{"prompt": "The capital of France is", "max_tokens": 8}'"""
+    request = """'{"prompt": "The capital of France is", "max_tokens": 8, "stream": false}'"""
     return "\n".join(
         [
             "",
@@ -53,7 +53,7 @@ def announcement(
             f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
             '  .venv/bin/pecsched ask --via nats "What is the capital of France?"',
             "The same with the nats command line:",
-            f"  nats {server}request --replies 0 --timeout 10s {subjects.GENERATE} {request}",
+            f"  nats {server}--timeout 60s request {subjects.GENERATE} {request}",
             "",
         ]
     )

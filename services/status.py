@@ -25,6 +25,9 @@ from services.run_file import find_running
 
 T = TypeVar("T")
 
+PIPE_WIDTH = 140
+"""Columns where there is no terminal to ask."""
+
 
 def status(settings: StatusSettings) -> int:
     """Print what runs. Raises: StartupError, if nobody answers."""
@@ -32,7 +35,9 @@ def status(settings: StatusSettings) -> int:
     if settings.json:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(view)).decode() + "\n")
     else:
-        Console().print(render(view))
+        console = Console()
+        console.width = console.width if console.is_terminal else PIPE_WIDTH
+        console.print(render(view))
     return 0
 
 
@@ -64,9 +69,9 @@ def render(view: ClusterView) -> RenderableType:
 
 def _workers(view: ClusterView) -> Table:
     table = Table(title="workers", title_justify="left", box=None, pad_edge=False)
-    for column in ("worker", "role", "node", "address", "runs", "to prefill", "KV reserved", "last sign of life"):
+    for column in ("worker", "role", "node", "address", "runs", "to prefill", "KV reserved", "silent"):
         table.add_column(
-            column, overflow="fold", justify="right" if column.startswith(("to", "KV", "last")) else "left"
+            column, overflow="fold", justify="right" if column.startswith(("to", "KV", "silent")) else "left"
         )
     for worker in sorted(view.workers, key=lambda worker: worker.profile.worker_id):
         profile = worker.profile
@@ -78,8 +83,8 @@ def _workers(view: ClusterView) -> Table:
             profile.data_address,
             _some(worker.requests),
             f"{worker.queued_tokens} tokens",
-            f"{worker.kv_reserved_tokens} of {profile.kv_capacity_tokens} ({share:.0%})",
-            f"{worker.silent_s:.1f} s ago",
+            f"{worker.kv_reserved_tokens}/{profile.kv_capacity_tokens} ({share:.0%})",
+            f"{worker.silent_s:.1f} s",
         )
     return table
 

@@ -254,5 +254,5 @@ def test_status_shows_workers_requests_queues_and_counters():
     with console.capture() as capture:
         console.print(render(cluster_view([worker_view("prefill-0", "prefill")], requests=(request,))))
     text = capture.get()
-    for part in ("prefill-0", "250 of 1000 (25%)", "r1", "prefilling", "6000 tokens", "3 short, 1 long", "pauses 7"):
+    for part in ("prefill-0", "250/1000 (25%)", "r1", "prefilling", "6000 tokens", "3 short, 1 long", "pauses 7"):
         assert part in text

@@ -30,7 +30,7 @@ from services.cli import main
 sys.exit(main(["serve", "--port", "0", "--prefill-workers", "1", *sys.argv[1:]]))
 """
 PATIENCE_S = 60.0
-LAST_LINE = " request --replies"
+LAST_LINE = "  nats --server"
 """In the last line that is printed when all is ready."""
 
 
