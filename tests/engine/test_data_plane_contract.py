@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator
 
 import pytest
+import uvloop
 
 from services.engine.data_plane import KvTrailer, TransferFailed
 from services.engine.kv_stream import STREAMS_MAX
@@ -413,3 +414,24 @@ async def test_a_taken_port_is_told_at_once(tcp: TcpWorld) -> None:
     _, receiver, _ = await tcp.start(None)
     with pytest.raises(OSError, match="in use"):
         open_data_plane(port=int(receiver.address.rpartition(":")[2]))(None)
+
+
+def test_it_runs_on_the_loop_that_processes_use() -> None:
+    async def run() -> None:
+        world, inbox = TcpWorld(), Inbox()
+        sender, _, address = await world.start(inbox)
+        stream = sender.send(address, header(tokens=20_000))
+        for layer in range(LAYERS):
+            stream.push(piece(layer, 0, 20_000))
+        await stream.finish(TRAILER)
+        await inbox.arrival()
+        assert inbox.received("r1", 2) == [bytes(buffer) for buffer in piece(2, 0, 20_000).buffers]
+        dropped = sender.send(address, header("r2"))
+        dropped.push(piece(0, 0, 5))
+        await inbox.next_piece()
+        await dropped.abort()
+        assert "aborted" in await inbox.breakage()
+        await world.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run())
