@@ -37,6 +37,8 @@ log = get_logger(__name__)
 
 BODY_S = 30.0
 """How long a client may take to send its body."""
+SEND_S = 60.0
+"""How long a client may leave its connection's buffer full; its request was cancelled long before."""
 OPEN_PATHS = ("/health", "/live")
 """Answered without an API key: probes have none."""
 TRACEPARENT_CHARS_MAX = 128
@@ -190,8 +192,15 @@ class Generation(Response):
         self._plan = plan
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def bounded_send(message: Any) -> None:
+            try:
+                async with asyncio.timeout(SEND_S):
+                    await send(message)
+            except TimeoutError:
+                raise ClientGone from None
+
         try:
-            await unless_gone(receive, self._answer(scope, receive, send))
+            await unless_gone(receive, self._answer(scope, receive, bounded_send))
         except ClientGone:
             log.info("the client left; its request is cancelled", request_id=scope["state"][STATE_ID])
 

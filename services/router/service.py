@@ -40,7 +40,7 @@ log = get_logger(__name__)
 
 RouterEvent = TokensGenerated | RequestAccepted | RequestRefused | RequestInterrupted | RequestFailed
 
-INLINE_CHARS_MAX = 4_000
+INLINE_CHARS_MAX = 1_000
 """Text up to this length is tokenized on the event loop: handing it to a thread would take longer."""
 PROMPT_TTL_S = 60.0
 """How long a prompt in the store outlives its router."""

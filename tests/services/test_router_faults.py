@@ -9,6 +9,11 @@ import pytest
 from common.messages.requests import TokensGenerated
 from common.runtime import keys, subjects, wire
 from common.runtime.virtual_time import virtual
+from services.router import tickets
+from services.router.api_errors import ApiError
+from services.router.api_types import CompletionRequest
+from services.router.openai_http import SEND_S, create_app
+from services.router.validate import parse, plan_completion
 from tests.services.router_world import ids_of, world
 
 TEXT = {"prompt": "the capital of France is"}
@@ -165,11 +170,6 @@ async def test_unreadable_messages_and_foreign_tokens_disturb_nothing():
 @virtual
 async def test_a_client_that_reads_too_slowly_is_cancelled():
     async with world() as w:
-        from services.router import tickets
-        from services.router.api_errors import ApiError
-        from services.router.api_types import CompletionRequest
-        from services.router.validate import parse, plan_completion
-
         w.cluster.hold = asyncio.Event()
         body = b'{"prompt": "the", "max_tokens": 500, "ignore_eos": true}'
         plan = plan_completion(parse(body, CompletionRequest), w.router.text.facts)
@@ -193,3 +193,20 @@ async def test_a_client_that_reads_too_slowly_is_cancelled():
 async def _read_into(read, ticket):
     async for piece in ticket.pieces():
         read.append(piece)
+
+
+@virtual
+async def test_a_client_that_never_reads_is_let_go():
+    async with world() as w:
+        received = [{"type": "http.request", "body": b'{"prompt": "the", "stream": true}', "more_body": False}]
+
+        async def receive():
+            return received.pop() if received else await asyncio.Event().wait()
+
+        async def send(message):
+            await asyncio.Event().wait()
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": []}
+        await create_app(w.router)(scope, receive, send)
+        assert asyncio.get_running_loop().time() >= SEND_S
+        assert w.router._tickets == {}
