@@ -7,7 +7,14 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from common.messages.prefill import DropRequest, KvReleased, PrefillFailed, PrefillFinished
 from common.messages.sp import (
@@ -40,12 +47,20 @@ class PrefillWorkerMachine(RuleBasedStateMachine):
 
     # --- orders ---
 
+    @precondition(lambda self: len(self.held(ShortJob)) < 6)
     @rule(tokens=st.integers(1, 1_300), max_tokens=st.integers(1, 3))
     def short(self, tokens: int, max_tokens: int) -> None:
         name = f"s{len(self.shorts)}"
         self.shorts.add((RequestId(name), 0))
         self.world.tell(run_prefill(spec(name, tokens, max_tokens=max_tokens)))
 
+    @initialize(tokens=st.integers(600, 1_600), max_tokens=st.integers(1, 4))
+    def running_long(self, tokens: int, max_tokens: int) -> None:
+        self.long(tokens, max_tokens)
+        self.world.opened(RequestId("l0"))
+        self.world.tell(RunSegment(worker_id=WORKER, request_id=RequestId("l0"), attempt=0))
+
+    @precondition(lambda self: len(self.held(LongJob)) < 3)
     @rule(tokens=st.integers(1, 1_600), max_tokens=st.integers(1, 4))
     def long(self, tokens: int, max_tokens: int) -> None:
         name = f"l{len(self.longs)}"
@@ -123,10 +138,20 @@ class PrefillWorkerMachine(RuleBasedStateMachine):
         self.world.finish(token)
 
     @precondition(lambda self: self.world.running is not None)
-    @rule(chance=st.integers(0, 3))
+    @rule(chance=st.integers(0, 7))
     def pass_fails(self, chance: int) -> None:
         if chance == 0:
             self.world.fail_pass()
+
+    @precondition(lambda self: any(job.state is LongState.RUNNING for job in self.held(LongJob)))
+    @rule()
+    def pause_step_and_run_again(self) -> None:
+        job = next(job for job in self.held(LongJob) if job.state is LongState.RUNNING)
+        self.world.tell(PauseSegment(worker_id=WORKER, request_id=job.request_id, attempt=job.attempt))
+        if self.world.running is not None:
+            self.step(PLAIN_TOKEN)
+        if job in self.held(LongJob):
+            self.world.tell(RunSegment(worker_id=WORKER, request_id=job.request_id, attempt=job.attempt))
 
     @precondition(lambda self: self.world.streams)
     @rule(data=st.data(), failed=st.booleans())
