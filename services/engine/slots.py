@@ -99,8 +99,10 @@ class SlotKv:
     [kv_heads, slot tokens, head_dim], so that a head of one sequence is one contiguous piece of bytes.
     """
 
-    def __init__(self, shape: KvShape, pool: SlotPool) -> None:
+    def __init__(self, shape: KvShape, pool: SlotPool, *, staged: bool | None = None) -> None:
+        """`staged`: receive into host memory first; by default where the CPU cannot write to the cache."""
         self.shape = shape
+        self._staged = shape.device.type != "cpu" if staged is None else staged
         self._capacity = pool.capacity_tokens
         size = (2, shape.kv_heads * pool.capacity_tokens, shape.head_dim)
         # Zeros, not empty: what is masked still enters a sum with weight zero, and 0 * NaN is NaN.
@@ -159,8 +161,8 @@ class SlotKv:
         return part.view(2, heads, slot.tokens, self.shape.head_dim)
 
     def _host(self, slot: Slot) -> Tensor | None:
-        """Where a slot is received if it lies on another device: [layers, 2, kv_heads, slot tokens, head_dim]."""
-        if self.shape.device.type == "cpu":
+        """Where a slot is received if not in the cache itself: [layers, 2, kv_heads, slot tokens, head_dim]."""
+        if not self._staged:
             return None
         if slot not in self._landing:
             shape = self.shape

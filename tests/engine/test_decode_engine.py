@@ -125,9 +125,13 @@ async def test_joining_and_leaving_rows_answer_as_transformers_alone(family: str
 
 @pytest.mark.parametrize("attend", [decode_attention.folded, decode_attention.grouped, decode_attention.products])
 async def test_every_attention_gives_the_same(
-    attend: decode_attention.Attention, engine: TorchDecodeEngine, reference: Any
+    attend: decode_attention.Attention,
+    engine: TorchDecodeEngine,
+    reference: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine._decoder.attend = attend
+    monkeypatch.setattr(decode_attention, "_FEW_TOKENS", 0)
     rng = random.Random(5)
     prompts = {f"r{at}": prompt_of(rng, tokens) for at, tokens in enumerate((3, 90, 31))}
     for name, prompt in prompts.items():
@@ -152,22 +156,22 @@ async def test_values_that_are_no_numbers_harm_only_their_own_sequence(
     engine: TorchDecodeEngine, reference: Any
 ) -> None:
     rng = random.Random(3)
-    sick, well = prompt_of(rng, 200), prompt_of(rng, 20)
+    sick, well, short = prompt_of(rng, 200), prompt_of(rng, 150), prompt_of(rng, 20)
     for steps in (0, 2):  # released before its first step, and after some
         receive(engine, reference, spec_of("sick", 200, 9), sick)
-        receive(engine, reference, spec_of("well", 20, 9), well)
+        receive(engine, reference, spec_of("well", 150, 9), well)
         slot = engine._sequences[RequestId("sick")].slot
         for layer in range(engine.profile.layers):
-            engine._kv._slot(None, slot, layer)[:, :, 100:200] = math.nan
+            engine._kv._slot(None, slot, layer)[:, :, 30:200] = math.nan
         names = [RequestId("sick"), RequestId("well")]
         drawn = [(await engine.step(names))[1].token_id for _ in range(steps)]
         assert drawn == reference_greedy(reference, well, 9)[0][1 : steps + 1]
         engine.release(RequestId("sick"))
-        receive(engine, reference, spec_of("next", 20, 9), well)
+        receive(engine, reference, spec_of("next", 20, 9), short)
         assert engine._sequences[RequestId("next")].slot == slot
-        names = [RequestId("next"), RequestId("well")]
+        names = [RequestId("next"), RequestId("well")]  # of one call, 150 tokens long
         drawn = [(await engine.step(names))[0].token_id for _ in range(5)]
-        assert drawn == reference_greedy(reference, well, 9)[0][1:6]
+        assert drawn == reference_greedy(reference, short, 9)[0][1:6]
         engine.release(RequestId("next"))
         engine.release(RequestId("well"))
 

@@ -85,6 +85,24 @@ def test_what_is_written_is_what_the_table_shows() -> None:
     assert written == new.numel(), "written elsewhere too"
 
 
+def test_staged_bytes_reach_the_cache_when_they_land() -> None:
+    pool = SlotPool(512)
+    kv = SlotKv(SHAPE, pool, staged=True)
+    pool.take(1)
+    slot = pool.take(1)
+    source = torch.randn(SHAPE.layers, 2 * SHAPE.kv_heads, 10, SHAPE.head_dim)
+    for layer in range(SHAPE.layers):
+        for begin, end in ((0, 4), (4, 10)):
+            for buffer, head in zip(kv.buffers(slot, layer, begin, end - begin), source[layer], strict=True):
+                buffer[:] = head[begin:end].numpy().tobytes()
+    assert not kv.table(0, 256, 1, 1, 10)[0].any()
+    kv.land(slot, 10)
+    for layer in range(SHAPE.layers):
+        keys, values = kv.table(layer, 256, 1, 1, 10)
+        assert torch.equal(torch.cat([keys[0], values[0]]), source[layer])
+        assert not kv.table(layer, 256, 0, 0, 256)[0].any(), "another slot was touched"
+
+
 def test_buffers_are_the_cache_itself_one_contiguous_piece_per_head() -> None:
     pool = SlotPool(1024)
     kv = SlotKv(SHAPE, pool)
