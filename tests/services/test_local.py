@@ -4,13 +4,13 @@ restarts, drain, and that nothing is left behind however it ends."""
 import json
 import os
 import signal
-import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
+
+from tests.serve_process import LAST_LINE, clean_environment, serve_process, wait_gone
 
 FAKE_ROLE = Path(__file__).with_name("fake_role.py")
 DRIVER = f"""
@@ -29,68 +29,14 @@ local._prepare_model = no_model
 from services.cli import main
 sys.exit(main(["serve", "--port", "0", "--prefill-workers", "1", *sys.argv[1:]]))
 """
-PATIENCE_S = 60.0
-LAST_LINE = "  nats --server"
-"""In the last line that is printed when all is ready."""
-
-
-class Serve:
-    """A running `pecsched serve`, read line by line."""
-
-    def __init__(self, process):
-        self.process = process
-        self.lines = []
-
-    def until(self, part):
-        """Read its output up to a line that contains `part`."""
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip("\n"))
-            if part in line:
-                return self.lines[-1]
-        raise AssertionError(f"ended without {part!r}: {self.lines} {self.process.stderr.read()}")
-
-    def pids(self):
-        """Of the children, by role, from the table."""
-        head = next(index for index, line in enumerate(self.lines) if line.startswith("ROLE"))
-        rows = [line.split() for line in self.lines[head + 1 :]]
-        return {row[0]: int(row[1]) for row in rows if len(row) >= 4 and row[1].isdigit()}
-
-    def end(self):
-        """Its exit status and what it wrote to the end."""
-        out, err = self.process.communicate(timeout=PATIENCE_S)
-        self.lines += out.splitlines()
-        return self.process.returncode, err
-
-
-def wait_gone(pids):
-    for pid in pids:
-        try:
-            psutil.Process(pid).wait(PATIENCE_S)
-        except psutil.NoSuchProcess:
-            continue
 
 
 @pytest.fixture
 def serve(tmp_path):
-    @contextmanager
     def run(*arguments, fate=None):
-        env = {name: value for name, value in os.environ.items() if not name.startswith("PECSCHED_")}
-        env |= {"XDG_RUNTIME_DIR": str(tmp_path), "PECSCHED_CACHE_DIR": str(tmp_path / "cache")}
+        env = {"XDG_RUNTIME_DIR": str(tmp_path), "PECSCHED_CACHE_DIR": str(tmp_path / "cache")}
         env |= {"FAKE_FATE": json.dumps(fate or {})}
-        process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, *arguments],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            yield Serve(process)
-        finally:
-            children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-            process.kill()
-            process.communicate(timeout=PATIENCE_S)
-            wait_gone(child.pid for child in children)
+        return serve_process([sys.executable, "-c", DRIVER, *arguments], clean_environment() | env)
 
     return run
 
