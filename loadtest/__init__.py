@@ -1,0 +1,10 @@
+"""Measures a PecSched cluster, or pieces of it, as a client meets them.
+
+`python -m loadtest mixed`     shorts alone, then shorts and longs under FIFO and under PecSched, same arrivals
+`python -m loadtest overhead`  what router, scheduler and NATS add to a short request on an idle cluster
+`python -m loadtest pause`     one prefill worker: from a short that is ready to the long that stands
+`python -m loadtest engine`    stepped prefill beside transformers' own forward; a decode step by batch size
+
+Each prints a table and writes the same figures with `--json FILE`. What is measured, and from when to
+when, stands at the top of the file of the same name. Run them on a quiet machine.
+"""

@@ -1,0 +1,219 @@
+"""`python -m loadtest COMMAND`: see the package's docstring."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import loadtest
+from common.errors import PecSchedError
+from loadtest import engine, mixed, mixed_report, overhead, pause, report
+
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    summary: str
+    doc: str | None
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], dict[str, Any]]
+    show: Callable[[dict[str, Any]], None]
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def _not_negative(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must not be negative")
+    return number
+
+
+def _rate(text: str) -> float:
+    number = float(text)
+    if not 0.0 < number < 1e6:
+        raise argparse.ArgumentTypeError("must be more than 0")
+    return number
+
+
+def _range(text: str) -> tuple[int, int]:
+    low, _, high = text.partition("-")
+    try:
+        ends = int(low), int(high or low)
+    except ValueError:
+        raise argparse.ArgumentTypeError("must be like 32-256") from None
+    if not 1 <= ends[0] <= ends[1]:
+        raise argparse.ArgumentTypeError("must rise, like 32-256")
+    return ends
+
+
+def _cluster_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=_not_negative, default=0, help="of all that is random [0]")
+    parser.add_argument("--url", default="", help="measure the cluster there, instead of starting one")
+    parser.add_argument("--nats-url", default="", help="of that cluster: what only the bus tells is measured too")
+    parser.add_argument("--api-key", default="", help="bearer token, where the router asks for one")
+    parser.add_argument(
+        "--serve", default="", metavar="FLAGS", help="more flags for `pecsched serve`, as one argument: --serve '…'"
+    )
+
+
+def _mixed_flags(parser: argparse.ArgumentParser) -> None:
+    _cluster_flags(parser)
+    defaults = mixed.MixedOptions()
+    parser.add_argument("--shorts", type=_positive, default=defaults.shorts, help="at least so many per setting [200]")
+    parser.add_argument("--longs", type=_not_negative, default=defaults.longs, help="at least so many per setting [8]")
+    parser.add_argument(
+        "--capacity-level-s", type=_rate, default=defaults.capacity_level_s, help="seconds per level of concurrency [7]"
+    )
+    parser.add_argument("--short-rps", type=_rate, help="arrivals per second [40 %% of the capacity, measured]")
+    parser.add_argument("--long-rps", type=_rate, help="arrivals per second [30 %% of the machine, measured]")
+    parser.add_argument("--short-tokens", type=_range, default=defaults.short_tokens, metavar="LOW-HIGH")
+    parser.add_argument("--long-tokens", type=_range, default=defaults.long_tokens, metavar="LOW-HIGH")
+
+
+def _mixed(flags: argparse.Namespace) -> dict[str, Any]:
+    return mixed.run(
+        mixed.MixedOptions(
+            seed=flags.seed,
+            shorts=flags.shorts,
+            longs=flags.longs,
+            capacity_level_s=flags.capacity_level_s,
+            short_rps=flags.short_rps,
+            long_rps=flags.long_rps,
+            short_tokens=flags.short_tokens,
+            long_tokens=flags.long_tokens,
+            url=flags.url,
+            nats_url=flags.nats_url,
+            api_key=flags.api_key,
+            serve_flags=tuple(shlex.split(flags.serve)),
+        )
+    )
+
+
+def _overhead_flags(parser: argparse.ArgumentParser) -> None:
+    _cluster_flags(parser)
+    parser.add_argument("--requests", type=_positive, default=overhead.OverheadOptions().requests, help="[200]")
+
+
+def _overhead(flags: argparse.Namespace) -> dict[str, Any]:
+    return overhead.run(
+        overhead.OverheadOptions(
+            seed=flags.seed,
+            requests=flags.requests,
+            url=flags.url,
+            nats_url=flags.nats_url,
+            api_key=flags.api_key,
+            serve_flags=tuple(shlex.split(flags.serve)),
+        )
+    )
+
+
+def _model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=_not_negative, default=0, help="of all that is random [0]")
+    parser.add_argument("--model", default="embedded", help="folder or hub id of a causal LM")
+    parser.add_argument("--cache-dir", default="", help="where the converted model is kept")
+    parser.add_argument("--tokens", type=_positive, default=7_000, help="of the long prompt [7000]")
+    parser.add_argument("--threads", type=_positive, default=1, help="compute threads [1]")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+
+
+def _pause_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flags(parser)
+    parser.add_argument("--pauses", type=_positive, default=pause.PauseOptions().pauses, help="at least so many [120]")
+
+
+def _pause(flags: argparse.Namespace) -> dict[str, Any]:
+    return pause.run(
+        pause.PauseOptions(
+            seed=flags.seed,
+            model=flags.model,
+            cache_dir=flags.cache_dir,
+            tokens=flags.tokens,
+            threads=flags.threads,
+            dtype=flags.dtype,
+            pauses=flags.pauses,
+        )
+    )
+
+
+def _engine_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flags(parser)
+    parser.add_argument("--runs", type=_positive, default=3, help="of each way, in turn; their median counts [3]")
+
+
+def _engine(flags: argparse.Namespace) -> dict[str, Any]:
+    return engine.run(
+        engine.EngineOptions(
+            seed=flags.seed,
+            model=flags.model,
+            cache_dir=flags.cache_dir,
+            tokens=flags.tokens,
+            threads=flags.threads,
+            dtype=flags.dtype,
+            runs=flags.runs,
+        )
+    )
+
+
+BENCHMARKS = {
+    "mixed": Benchmark(
+        "shorts alone, mixed under FIFO, mixed under PecSched", mixed.__doc__, _mixed_flags, _mixed, mixed_report.show
+    ),
+    "overhead": Benchmark(
+        "what everything but the engine adds to a short",
+        overhead.__doc__,
+        _overhead_flags,
+        _overhead,
+        overhead.show,
+    ),
+    "pause": Benchmark("pause latency of one prefill worker", pause.__doc__, _pause_flags, _pause, pause.show),
+    "engine": Benchmark("stepped prefill and decode steps", engine.__doc__, _engine_flags, _engine, engine.show),
+}
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Leaves with status 2 and one line if they are wrong."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest", description=loadtest.__doc__, formatter_class=raw, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, benchmark in BENCHMARKS.items():
+        command = commands.add_parser(
+            name, help=benchmark.summary, description=benchmark.doc, formatter_class=raw, allow_abbrev=False
+        )
+        command.add_argument("--json", default="", metavar="FILE", help="write the figures there too")
+        benchmark.add_flags(command)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0 measured, 1 not, 130 interrupted."""
+    flags = parse(sys.argv[1:] if argv is None else argv)
+    benchmark = BENCHMARKS[flags.command]
+    try:
+        report.check_writable(flags.json)
+        figures = benchmark.run(flags)
+        benchmark.show(figures)
+        if flags.json:
+            report.write_json(flags.json, figures)
+    except PecSchedError as error:
+        print(f"loadtest {flags.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

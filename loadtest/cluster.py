@@ -1,0 +1,180 @@
+"""The cluster that is measured: one that `pecsched serve` starts for the benchmark, or one that runs already.
+
+A started one is a child with a run file of its own (it does not take the place of another `serve` of this
+user), on free ports; what it prints after its start, such as a role that crashed, is passed on to the
+console, because figures of such a run mean nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shlex
+import sys
+import tempfile
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from common.errors import StartupError
+from common.messages.base import Message
+from common.messages.prefill import PrefillFinished
+from common.messages.sp import GroupPaused
+from common.messages.views import ClusterView
+from common.runtime import subjects
+from common.runtime.bus import BusError, Delivery
+from common.runtime.bus_nats import connect_nats
+from common.runtime.supervisor import Supervisor
+from common.runtime.wire import decode
+from loadtest.client import Client
+from services.children import LAUNCHER
+from services.local_plan import usable_cores
+from services.run_file import read_run_file, run_file_path
+
+READY_MARK = "PecSched is ready"
+TAIL_LINES = 20
+START_S = 420.0
+STOP_S = 60.0
+KILL_S = 5.0
+STRAY_LINES = re.compile(r"ended:|runs again|\|")
+"""What `serve` prints while it serves and a reader of the figures must see."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a cluster is."""
+
+    url: str
+    nats_url: str = ""
+    """Empty: unknown; what only the bus tells is then not measured."""
+    here: bool = True
+    """On this machine, so that its load can be read."""
+
+
+@asynccontextmanager
+async def served(flags: Sequence[str], say: Say) -> AsyncIterator[Place]:
+    """A cluster for the length of the block. Raises: StartupError, with the last lines of what it said."""
+    with tempfile.TemporaryDirectory(prefix="pecsched-loadtest-") as folder:
+        env = {**os.environ, "XDG_RUNTIME_DIR": folder}
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid())),
+            *(sys.executable, "-P", "-m", "services.cli", "serve", "--port", "0", *flags),
+            env=env,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        ready = asyncio.Event()
+        lines: deque[str] = deque(maxlen=TAIL_LINES)
+        try:
+            async with Supervisor() as tasks:
+                reading = tasks.spawn(_read(process, lines, ready, say), name="output of serve")
+                started = tasks.spawn(ready.wait(), name="serve is ready")
+                await asyncio.wait((reading, started), timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
+                if not ready.is_set():
+                    raise StartupError("\n  ".join([f"pecsched serve {shlex.join(flags)} did not start:", *lines]))
+                yield _place(run_file_path(env))
+                await _stop(process)
+                await asyncio.wait((reading,), timeout=KILL_S)
+        finally:
+            await _stop(process)
+
+
+def _place(path: Path) -> Place:
+    run = read_run_file(path)
+    if run is None:
+        raise StartupError(f"pecsched serve left no run file at {path}")
+    return Place(run.url, run.nats_url)
+
+
+async def _read(process: asyncio.subprocess.Process, lines: deque[str], ready: asyncio.Event, say: Say) -> None:
+    assert process.stdout is not None
+    async for raw in process.stdout:
+        line = raw.decode(errors="replace").rstrip()
+        lines.append(line)
+        if line.startswith(READY_MARK):
+            ready.set()
+        elif ready.is_set() and STRAY_LINES.search(line):
+            say(line)
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    """Let it drain; if that takes too long, or we are in a hurry ourselves, kill it (its children die with it)."""
+    if process.returncode is not None:
+        return
+    with suppress(ProcessLookupError):
+        process.terminate()
+    try:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), STOP_S)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await asyncio.wait_for(process.wait(), KILL_S)
+
+
+async def view_of(client: Client) -> ClusterView:
+    """The scheduler's view, by way of the router. Raises: ClientError."""
+    return msgspec.convert(await client.get("/cluster"), ClusterView, strict=False)
+
+
+def busy_slots(view: ClusterView, place: Place) -> int:
+    """How many longs the machine can prefill at once at full speed: one per prefill worker, no more than cores."""
+    workers = sum(worker.profile.role == "prefill" for worker in view.workers)
+    return max(1, min(workers, usable_cores()) if place.here else workers)
+
+
+class Observer:
+    """Hears what everyone tells the scheduler: a second, silent subscriber of its inbox on NATS."""
+
+    def __init__(self) -> None:
+        self.pause_latencies_s: list[float] = []
+        self._prefills: dict[str, PrefillFinished] = {}
+        self._heard = asyncio.Event()
+
+    async def hear(self, delivery: Delivery) -> None:
+        for kind in (GroupPaused, PrefillFinished):
+            if kind.__name__.encode() in delivery.data:  # most messages are others; they are not decoded
+                self._keep(decode(delivery.data, kind))
+
+    async def prefill_of(self, request_id: str, within_s: float) -> PrefillFinished | None:
+        """What the worker said at the end of this short's prefill; None: nothing was heard in time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while request_id not in self._prefills:
+                    self._heard.clear()
+                    await self._heard.wait()
+        return self._prefills.pop(request_id, None)
+
+    def _keep(self, message: Message) -> None:
+        if isinstance(message, GroupPaused):
+            self.pause_latencies_s.append(message.pause_latency_s)
+        elif isinstance(message, PrefillFinished):
+            self._prefills[message.request_id] = message
+            self._heard.set()
+
+
+@asynccontextmanager
+async def observing(place: Place) -> AsyncIterator[Observer | None]:
+    """None: the place of the bus is not known. Raises: StartupError."""
+    if not place.nats_url:
+        yield None
+        return
+    try:
+        bus = await connect_nats(place.nats_url, "pecsched-loadtest")
+    except BusError as error:
+        raise StartupError(f"{error} (--nats-url)") from error
+    try:
+        observer = Observer()
+        await bus.subscribe(subjects.SCHEDULER, observer.hear)
+        await bus.flush()
+        yield observer
+    finally:
+        await bus.close()

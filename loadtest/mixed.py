@@ -1,0 +1,313 @@
+"""`python -m loadtest mixed`: does a long prompt hold up short ones?
+
+One run measures, on clusters that it starts itself:
+
+1. *Capacity of shorts* c, closed loop: twice as many clients at each level, until a level adds less than 5 %.
+2. *A long alone* L: mean time to the last token of a shortest and a longest one on the idle cluster.
+3. *Shorts alone* at 0.4·c, policy pecsched.
+4. *Mixed*, policy fifo: the same shorts at the same times, and longs.
+5. *Mixed*, policy pecsched: the very same arrivals as in 4.
+
+The rate of longs: shorts keep 40 % of the machine busy, longs are to take 30 % more. While a long is served it
+keeps one prefill worker busy, and P = min(prefill workers, cores) of those fit on the machine; so
+0.3·P/L longs per second. (L includes its decoding, which shares steps with shorts: a little less than 70 %.)
+
+Latencies count from the intended arrival (see runner.py). TTFT ends with the first token's event at the
+client, JCT with the last token's. `pauses` is the difference of the scheduler's own counter; pause
+latencies are what workers measured (short ready at the worker, or order received → long stopped) and the
+coordinator tells the scheduler in `GroupPaused`, overheard on NATS. A failed request is counted, and in no latency.
+
+With --url, the cluster there is measured as it is: shorts alone, and mixed under whatever policy it runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+from common.messages.requests import LengthClass
+from loadtest import report
+from loadtest.client import Client
+from loadtest.cluster import Place, busy_slots, observing, served, view_of
+from loadtest.runner import MeasurementFailed, OpenLoopRun, run_closed_loop, run_in_turn, run_open_loop
+from loadtest.stats import mean, percentiles, ratio
+from loadtest.workload import LONG_TOKENS, OUTPUT_TOKENS, SHORT_TOKENS, Ask, Schedule, even_asks, make_schedule
+
+SHORT_SHARE = 0.4
+LONG_SHARE = 0.3
+FLAT = 1.05
+"""A level of concurrency that is not this much better than the one before is the last."""
+LEVELS = (4, 8, 16, 32, 64)
+SETTLE_S = 1.0
+WARM_UP_SHORTS = 8
+ANSWER_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class MixedOptions:
+    seed: int = 0
+    shorts: int = 200
+    longs: int = 8
+    capacity_level_s: float = 7.0
+    short_rps: float | None = None
+    """None: 0.4 of the measured capacity."""
+    long_rps: float | None = None
+    """None: from the measured time of a long alone."""
+    short_tokens: tuple[int, int] = SHORT_TOKENS
+    long_tokens: tuple[int, int] = LONG_TOKENS
+    url: str = ""
+    nats_url: str = ""
+    api_key: str = ""
+    serve_flags: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Rates:
+    """What the run found out before it could begin, or was told."""
+
+    short_capacity_rps: float | None = None
+    levels_rps: dict[int, float] = field(default_factory=dict)
+    long_alone_s: float | None = None
+    slots: int | None = None
+    short_rps: float = 0.0
+    long_rps: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One measured setting."""
+
+    run: OpenLoopRun
+    pauses: int
+    pause_latencies_s: tuple[float, ...]
+    machine_busy: float | None
+    """Share of all cores, clients included."""
+    client_busy: float
+    """Share of one core that this process used."""
+
+    def figures(self) -> dict[str, Any]:
+        """Under the keys of the contract."""
+        longs = [sample.jct_s for sample in self.run.good("long")]
+        return {
+            "short_ttft_s": percentiles([sample.ttft_s for sample in self.run.good("short")], 50, 95, 99),
+            "short_rps": self.run.rps("short"),
+            "long_jct_s": {"mean": mean(longs), "max": max(longs, default=None)},
+            "pauses": self.pauses,
+            "pause_latency_s": percentiles(self.pause_latencies_s, 50, 99),
+            "failed": len(self.run.failures),
+        }
+
+
+def run(options: MixedOptions) -> dict[str, Any]:
+    """Everything, in order. Raises: PecSchedError."""
+    return asyncio.run(_run(options))
+
+
+async def _run(options: MixedOptions) -> dict[str, Any]:
+    begun_s = time.monotonic()
+    with report.progress() as bars:
+        bench = Bench(options, bars)
+        settings = await (bench.at_url() if options.url else bench.three_settings())
+    figures: dict[str, Any] = dict.fromkeys(("shorts_only", "fifo", "pecsched"))
+    figures |= {name: setting.figures() for name, setting in settings.items()}
+    figures["run"] = _run_facts(options, bench, settings, figures) | {"took_s": time.monotonic() - begun_s}
+    return figures
+
+
+class Bench:
+    """The stages of the run."""
+
+    def __init__(self, options: MixedOptions, bars: report.Bars) -> None:
+        self.options = options
+        self.rates = Rates()
+        self.schedule = Schedule(())
+        self._bars = bars
+
+    async def three_settings(self) -> dict[str, Setting]:
+        settings: dict[str, Setting] = {}
+        async with self._cluster("pecsched") as (place, client):
+            await self.find_rates(place, client)
+            settings["shorts_only"] = await self.measure("shorts only", place, client, self.schedule.only("short"))
+        async with self._cluster("fifo") as (place, client):
+            settings["fifo"] = await self.measure("mixed, fifo", place, client, self.schedule)
+        async with self._cluster("pecsched") as (place, client):
+            settings["pecsched"] = await self.measure("mixed, pecsched", place, client, self.schedule)
+        return settings
+
+    async def at_url(self) -> dict[str, Setting]:
+        place = Place(self.options.url, self.options.nats_url, here=False)
+        async with self._client(place) as client:
+            policy = (await view_of(client)).policy
+            await self.warm_up(client)
+            await self.find_rates(place, client)
+            shorts = await self.measure("shorts only", place, client, self.schedule.only("short"))
+            mixed = await self.measure(f"mixed, {policy}", place, client, self.schedule)
+        return {"shorts_only": shorts, policy: mixed}
+
+    @asynccontextmanager
+    async def _cluster(self, policy: str) -> AsyncIterator[tuple[Place, Client]]:
+        async with AsyncExitStack() as stack:
+            with self._bars.waiting(f"starting a cluster, policy {policy}"):
+                flags = ("--policy", policy, *self.options.serve_flags)
+                place = await stack.enter_async_context(served(flags, self._bars.say))
+            client = await stack.enter_async_context(self._client(place))
+            await self.warm_up(client)
+            yield place, client
+
+    @asynccontextmanager
+    async def _client(self, place: Place) -> AsyncIterator[Client]:
+        client = Client(place.url, timeout_s=ANSWER_S, api_key=self.options.api_key)
+        try:
+            yield client
+        finally:
+            await client.close()
+
+    async def warm_up(self, client: Client) -> None:
+        """First uses cost more than all later ones: connections, code, memory."""
+        asks = self._asks("warm-up shorts", "short")
+        longs = self._asks("warm-up longs", "long", low_only=True) if self.options.longs else iter(())
+        with self._bars.counting("warming up", 2 * WARM_UP_SHORTS + bool(self.options.longs)) as step:
+            singles = await run_in_turn(client, [next(asks) for _ in range(WARM_UP_SHORTS)], step)
+            both = [*[next(asks) for _ in range(WARM_UP_SHORTS)], *([next(longs)] if self.options.longs else [])]
+            crowd = await run_open_loop(client, Schedule.at_once(both), step)
+        _require_whole("warm-up", singles, crowd)
+
+    async def find_rates(self, place: Place, client: Client) -> None:
+        """Fills `rates` and `schedule`."""
+        rates, options = self.rates, self.options
+        rates.slots = busy_slots(await view_of(client), place)
+        rates.short_rps = options.short_rps or await self._find_short_rps(client)
+        if options.longs:
+            rates.long_rps = options.long_rps or await self._find_long_rps(client, rates.slots)
+        self.schedule = make_schedule(
+            options.seed,
+            short_rps=rates.short_rps,
+            long_rps=rates.long_rps,
+            shorts_min=options.shorts,
+            longs_min=options.longs,
+            short_tokens=options.short_tokens,
+            long_tokens=options.long_tokens,
+        )
+
+    async def _find_short_rps(self, client: Client) -> float:
+        asks = self._asks("capacity", "short")
+        best = 0.0
+        with self._bars.counting("capacity of shorts", len(LEVELS)) as step:
+            for concurrency in LEVELS:
+                count_s = self.options.capacity_level_s
+                rps = await run_closed_loop(client, asks, concurrency, settle_s=SETTLE_S, count_s=count_s)
+                self.rates.levels_rps[concurrency] = rps
+                step()
+                before, best = best, max(best, rps)
+                if rps < FLAT * before:
+                    break
+        if not best:
+            raise MeasurementFailed("no short was served while the capacity was measured: --capacity-level-s is short")
+        self.rates.short_capacity_rps = best
+        return SHORT_SHARE * best
+
+    async def _find_long_rps(self, client: Client, slots: int) -> float:
+        asks = self._asks("long alone", "long")
+        with self._bars.counting("a long alone", 2) as step:
+            alone = await run_in_turn(client, [next(asks), next(asks)], step)
+        _require_whole("a long alone", alone)
+        self.rates.long_alone_s = math.fsum(sample.jct_s for sample in alone.samples) / len(alone.samples)
+        return LONG_SHARE * slots / self.rates.long_alone_s
+
+    async def measure(self, title: str, place: Place, client: Client, schedule: Schedule) -> Setting:
+        """One setting, from an idle cluster to its last answer."""
+        pauses_before = await _pauses(client)
+        async with observing(place) as observer:
+            with self._bars.counting(title, len(schedule.arrivals)) as step, _busy() as busy:
+                measured = await run_open_loop(client, schedule, step)
+            pauses = await _pauses(client) - pauses_before
+        return Setting(
+            run=measured,
+            pauses=pauses,
+            pause_latencies_s=tuple(observer.pause_latencies_s) if observer is not None else (),
+            machine_busy=busy.machine if place.here else None,
+            client_busy=busy.client,
+        )
+
+    def _asks(self, purpose: str, kind: LengthClass, *, low_only: bool = False) -> Iterator[Ask]:
+        low, high = self.options.short_tokens if kind == "short" else self.options.long_tokens
+        number = 32 if kind == "short" else 2
+        return even_asks(self.options.seed, purpose, kind, (low, low if low_only else high), number)
+
+
+@dataclass(slots=True)
+class Busy:
+    machine: float = 0.0
+    client: float = 0.0
+
+
+@contextmanager
+def _busy() -> Iterator[Busy]:
+    """How busy the machine's cores were within the block, and this process by itself."""
+    busy, own = Busy(), psutil.Process()
+    begun_s, before, own_before = time.monotonic(), psutil.cpu_times(), own.cpu_times()
+    try:
+        yield busy
+    finally:
+        took_s = max(1e-9, time.monotonic() - begun_s)
+        after, own_after = psutil.cpu_times(), own.cpu_times()
+        idle_s = (after.idle + getattr(after, "iowait", 0.0)) - (before.idle + getattr(before, "iowait", 0.0))
+        busy.machine = max(0.0, 1.0 - idle_s / (took_s * (psutil.cpu_count() or 1)))
+        used_s = own_after.user + own_after.system - own_before.user - own_before.system
+        busy.client = used_s / took_s
+
+
+async def _pauses(client: Client) -> int:
+    return (await view_of(client)).counters.get("pauses", 0)
+
+
+def _require_whole(what: str, *runs: OpenLoopRun) -> None:
+    """Raises: MeasurementFailed."""
+    failures = [failure for each in runs for failure in each.failures]
+    if failures:
+        raise MeasurementFailed(f"{what}: {len(failures)} requests failed; the first: {failures[0]}")
+
+
+def _run_facts(
+    options: MixedOptions, bench: Bench, settings: dict[str, Setting], figures: dict[str, Any]
+) -> dict[str, Any]:
+    """Beside the contract's figures: what they were measured with, and the two comparisons that matter."""
+    rates = bench.rates
+
+    def p99(name: str) -> float | None:
+        return figures[name]["short_ttft_s"]["p99"] if figures[name] else None
+
+    def jct(name: str) -> float | None:
+        return figures[name]["long_jct_s"]["mean"] if figures[name] else None
+
+    return {
+        "seed": options.seed,
+        "short_capacity_rps": rates.short_capacity_rps,
+        "capacity_levels_rps": {str(level): rps for level, rps in rates.levels_rps.items()},
+        "short_rate_rps": rates.short_rps,
+        "long_alone_s": rates.long_alone_s,
+        "long_rate_rps": rates.long_rps,
+        "long_slots": rates.slots,
+        "schedule_s": bench.schedule.duration_s,
+        "shorts": bench.schedule.count("short"),
+        "longs": bench.schedule.count("long"),
+        "output_tokens": OUTPUT_TOKENS,
+        "short_p99_pecsched_to_alone": ratio(p99("pecsched"), p99("shorts_only")),
+        "short_p99_fifo_to_alone": ratio(p99("fifo"), p99("shorts_only")),
+        "long_jct_pecsched_to_fifo": ratio(jct("pecsched"), jct("fifo")),
+        "client_late_s_p99": {name: setting.run.late_s_p99 for name, setting in settings.items()},
+        "client_busy": {name: setting.client_busy for name, setting in settings.items()},
+        "machine_busy": {name: setting.machine_busy for name, setting in settings.items()},
+        "failures": {name: _distinct(setting.run.failures) for name, setting in settings.items()},
+    }
+
+
+def _distinct(failures: Sequence[str], shown_max: int = 5) -> list[str]:
+    return list(dict.fromkeys(failures))[:shown_max]

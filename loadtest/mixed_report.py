@@ -1,0 +1,65 @@
+"""The table of `loadtest mixed`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from loadtest import report
+
+SETTINGS = {"shorts_only": "shorts alone", "fifo": "mixed, FIFO", "pecsched": "mixed, PecSched"}
+SHORT_P99_MAX, LONG_JCT_MAX = 1.5, 1.2
+
+
+def show(figures: Mapping[str, Any]) -> None:
+    run = figures["run"]
+    columns = {name: title for name, title in SETTINGS.items() if figures[name] is not None}
+
+    def row(title: str, pick: Callable[[Any], Any], form: Callable[[Any], str] = str) -> list[str]:
+        return [title, *(form(pick(figures[name])) for name in columns)]
+
+    def of_run(title: str, key: str, form: Callable[[Any], str]) -> list[str]:
+        return [title, *(form(run[key].get(name)) for name in columns)]
+
+    rows = [
+        row("short TTFT p50", lambda f: f["short_ttft_s"]["p50"], report.ms),
+        row("short TTFT p95", lambda f: f["short_ttft_s"]["p95"], report.ms),
+        row("short TTFT p99", lambda f: f["short_ttft_s"]["p99"], report.ms),
+        row("shorts served per second", lambda f: f["short_rps"], lambda rps: f"{rps:.2f}"),
+        row("long JCT mean", lambda f: f["long_jct_s"]["mean"], report.s),
+        row("long JCT max", lambda f: f["long_jct_s"]["max"], report.s),
+        row("pauses", lambda f: f["pauses"]),
+        row("pause latency p50", lambda f: f["pause_latency_s"]["p50"], report.ms),
+        row("pause latency p99", lambda f: f["pause_latency_s"]["p99"], report.ms),
+        row("failed", lambda f: f["failed"]),
+        of_run("machine busy (all cores)", "machine_busy", report.share),
+        of_run("client busy (one core)", "client_busy", report.share),
+        of_run("client late at sending p99", "client_late_s_p99", report.ms),
+    ]
+    title = f"{run['shorts']} shorts, {run['longs']} longs in {run['schedule_s']:.0f} s, seed {run['seed']}"
+    report.table(title, ["", *columns.values()], rows, _notes(figures))
+
+
+def _notes(figures: Mapping[str, Any]) -> list[str]:
+    run = figures["run"]
+    capacity, alone = run["short_capacity_rps"], run["long_alone_s"]
+    notes = [
+        "",
+        f"shorts: {run['short_rate_rps']:.2f}/s"
+        + (f", 40 % of a capacity of {capacity:.2f}/s" if capacity is not None else ", as told"),
+        f"longs: {run['long_rate_rps']:.4f}/s"
+        + (f", 30 % of {run['long_slots']} x 1/{alone:.2f} s (a long alone)" if alone is not None else ", as told"),
+    ]
+    if figures["shorts_only"] and figures["pecsched"] and figures["fifo"]:
+        notes += [
+            f"FIFO's short p99 / shorts alone: {report.times(run['short_p99_fifo_to_alone'])}",
+            report.target(
+                "PecSched's short p99 / shorts alone", run["short_p99_pecsched_to_alone"], SHORT_P99_MAX, report.times
+            ),
+            report.target(
+                "PecSched's mean long JCT / FIFO's", run["long_jct_pecsched_to_fifo"], LONG_JCT_MAX, report.times
+            ),
+        ]
+    for name, failures in run["failures"].items():
+        notes += [f"failed, {SETTINGS[name]}: {failure}" for failure in failures]
+    return notes
