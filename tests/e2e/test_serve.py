@@ -64,7 +64,7 @@ def test_what_runs_is_printed_asked_seen_and_drained(serve, env):
     else:
         raise AssertionError(f"KV stays reserved: {view}")
     assert "finished 3" in pecsched(env, "status")
-    assert answer["id"] in pecsched(env, "story", answer["id"])
+    assert "RequestSubmitted" in pecsched(env, "story", answer["id"])
 
     serve.process.send_signal(signal.SIGTERM)
     status, err = serve.end()
