@@ -15,6 +15,8 @@ from rich.table import Table
 from common.errors import PecSchedError
 
 MISSING = "–"
+PIPE_COLUMNS = 160
+"""Where there is no terminal to fit into, nothing is cut off."""
 
 
 class ReportError(PecSchedError):
@@ -72,6 +74,8 @@ def write_json(path: str, figures: Mapping[str, Any]) -> None:
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
     """Print a table: names on the left, figures on the right, and lines below."""
     console = Console()
+    if not console.is_terminal:
+        console.width = PIPE_COLUMNS
     shown = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for number, column in enumerate(head):
         shown.add_column(column, justify="right" if number else "left", no_wrap=True)
@@ -79,7 +83,7 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], notes:
         shown.add_row(*row)
     console.print(shown)
     for note in notes:
-        console.print(note, markup=False, highlight=False)
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
 def ms(seconds: float | None) -> str:

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,7 @@ def measure_decode(
     for batch in batches:
         slots = [pool.take(context + 1) for _ in range(batch)]
         rows = [DecodeRow(slot, context, token_id=number) for number, slot in enumerate(slots)]
-        times = [
-            _timed(lambda rows=rows: decoder.step(rows)[:, :1].cpu()) for _ in range(DECODE_WARM_UP + DECODE_STEPS)
-        ]
+        times = [_timed(partial(_decode_step, decoder, rows)) for _ in range(DECODE_WARM_UP + DECODE_STEPS)]
         found[batch] = statistics.median(times[DECODE_WARM_UP:])
         for slot in slots:
             pool.give_back(slot)
