@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import selectors
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
@@ -45,6 +46,16 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._now_s
+
+    @property
+    def _clock_resolution(self) -> float:
+        # asyncio fires timers that are due within its clock's resolution. A real clock has moved on by then; this
+        # one has not, and who finds its deadline a hair in the future would set its timer again, for ever.
+        return math.ulp(self._now_s)
+
+    @_clock_resolution.setter
+    def _clock_resolution(self, _of_the_real_clock: float) -> None:
+        pass
 
     def run_in_executor(  # type: ignore[override]
         self, executor: Executor | None, func: Callable[..., T], *args: Any

@@ -32,6 +32,18 @@ async def test_timers_fire_in_the_order_of_their_times() -> None:
 
 
 @virtual
+async def test_no_timer_fires_before_its_time() -> None:
+    loop = asyncio.get_running_loop()
+    await asyncio.sleep(5.0)
+    deadline_s = loop.time() + 1e-10
+    fired: list[float] = []
+    loop.call_at(deadline_s, lambda: fired.append(loop.time()))
+    while not fired:
+        await asyncio.sleep(0 if loop.time() >= deadline_s else 1e-12)
+    assert fired[0] >= deadline_s
+
+
+@virtual
 async def test_time_stands_still_while_there_is_work() -> None:
     for _ in range(1_000):
         await asyncio.sleep(0)
