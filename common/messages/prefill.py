@@ -59,6 +59,8 @@ class PrefillFailed(Message, frozen=True, kw_only=True):
     attempt: Attempt
     reason: str
     retryable: bool = True
+    suspect_worker_id: WorkerId | None = None
+    """A decode worker that does not answer: nothing more should go there until it gives a sign of life."""
 
 
 class KvReleased(Message, frozen=True, kw_only=True):

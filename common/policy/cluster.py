@@ -102,6 +102,8 @@ class Worker:
     heard_s: float
     held: dict[HoldKey, Reservation] = field(default_factory=dict)
     kv_reserved: int = 0
+    suspected: bool = False
+    """Somebody could not reach it: it gets no work until its next heartbeat, or is lost."""
 
     @property
     def worker_id(self) -> WorkerId:
@@ -187,9 +189,16 @@ class Cluster:
             index.discard(worker_id)
         self._kv_max.clear()
 
+    def suspect(self, worker: Replica | Decoder, suspected: bool) -> None:
+        worker.suspected = suspected
+        self._reindex(worker)
+
     def _reindex(self, worker: Replica | Decoder) -> None:
         if isinstance(worker, Decoder):
-            self.decoder_load.set(worker.worker_id, worker.kv_reserved)
+            if worker.suspected:
+                self.decoder_load.discard(worker.worker_id)
+            else:
+                self.decoder_load.set(worker.worker_id, worker.kv_reserved)
             return
         home = self.prefilling if worker.long else self.decoding if worker.decoding else self.idle
         for index in (self.idle, self.decoding, self.prefilling):

@@ -74,6 +74,9 @@ class Membership:
         if worker is None:
             worker = self._add_worker(profile)
         worker.heard_s = self._ledger.now_s
+        if worker.suspected:
+            self._cluster.suspect(worker, False)
+            self._policy.decoder_eased()
         diff = compare_holdings(worker, event.holdings, self._ledger.now_s, self._ledger.grace_s)
         for key in diff.unknown + diff.undropped:
             self._ledger.order_drop(worker, key)

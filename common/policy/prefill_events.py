@@ -199,6 +199,8 @@ class HandoffFailed(Record, frozen=True, kw_only=True):
     request_id: RequestId
     attempt: Attempt
     reason: str
+    peer_lost: bool = False
+    """Not this stream failed but its receiver: nobody answers there."""
 
 
 PrefillOrder = RunPrefill | DropRequest | LoadSegment | RunSegment | PauseSegment | DropSegment

@@ -19,7 +19,7 @@ from common.messages.requests import FinishReason, RequestSpec
 from common.messages.sp import LoadSegment
 from common.policy.core import InvariantViolated
 from common.policy.prefill_events import HandoffTarget
-from common.units import Attempt, RequestId
+from common.units import Attempt, RequestId, WorkerId
 
 StateT = TypeVar("StateT", bound=StrEnum)
 Story = Callable[[RequestId], list[str]]
@@ -83,6 +83,8 @@ class Verdict:
     kind: Literal["dropped", "failed", "finished"]
     reason: str = ""
     retryable: bool = True
+    suspect: WorkerId | None = None
+    """The other worker that is at fault: nobody answers there."""
 
 
 Asker = Literal["scheduler", "coordinator"]

@@ -135,6 +135,7 @@ class Outbox:
                 attempt=attempt,
                 reason=verdict.reason,
                 retryable=verdict.retryable,
+                suspect_worker_id=verdict.suspect,
                 cause=self.cause,
             )
         )

@@ -234,7 +234,9 @@ class PrefillWorkerCore:
     def _handoff_ended(self, event: HandoffFinished | HandoffFailed) -> None:
         job = self.books.held(event.request_id, event.attempt)
         if isinstance(event, HandoffFailed):
-            job.verdict = job.verdict or Verdict("failed", f"handoff failed: {event.reason}")
+            handoff = job.handoff if isinstance(job, ShortJob) else None
+            suspect = handoff.worker_id if handoff is not None and event.peer_lost else None
+            job.verdict = job.verdict or Verdict("failed", f"handoff failed: {event.reason}", suspect=suspect)
         self.books.close(job)
 
     def _pass_finished(self, event: PassFinished) -> None:

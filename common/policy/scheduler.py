@@ -265,6 +265,10 @@ class Scheduler:
 
     def _on_prefill_failed(self, event: PrefillFailed) -> None:
         self._ledger.release(event.worker_id, (event.request_id, event.attempt))
+        if event.suspect_worker_id is not None:
+            suspect = self._cluster.decoders.get(event.suspect_worker_id)
+            if suspect is not None:
+                self._cluster.suspect(suspect, True)
         request = self._ledger.current(event.request_id, event.attempt)
         if request is None or request.prefill_worker != event.worker_id:
             return

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from common.messages.base import Record
-from common.messages.cluster import CoordinatorHeartbeat, RouterHeartbeat, RouterLeft, WorkerHeartbeat, WorkerLeft
+from common.messages.cluster import (
+    CoordinatorHeartbeat,
+    CoordinatorLeft,
+    RouterHeartbeat,
+    RouterLeft,
+    WorkerHeartbeat,
+    WorkerLeft,
+)
 from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, DecodeStarted, ExpectKv
 from common.messages.prefill import (
     DropRequest,
@@ -74,6 +81,7 @@ SchedulerEvent = (
     | DecodeBusy
     | DecodeFailed
     | CoordinatorHeartbeat
+    | CoordinatorLeft
     | GroupFormed
     | GroupPaused
     | GroupResumed

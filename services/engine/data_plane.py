@@ -22,6 +22,10 @@ class TransferFailed(Exception):
     """The peer is gone, refused, answered nothing within the bound, or the bytes do not match."""
 
 
+class PeerLost(TransferFailed):
+    """Not this transfer failed but the peer: nobody answers there. Others should not be sent to it."""
+
+
 class KvHeader(Record, frozen=True, kw_only=True):
     request_id: RequestId
     attempt: Attempt

@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from common.units import Attempt, RequestId
-from services.engine.data_plane import DataPlaneFactory, KvHeader, KvReceiver, KvTrailer, TransferFailed
+from services.engine.data_plane import DataPlaneFactory, KvHeader, KvReceiver, KvTrailer, PeerLost, TransferFailed
 from services.engine.interface import LayerKv
 from services.engine.kv_stream import PIECES_MAX, IncomingStream, StreamRefused, checksum
 from services.engine.owned_tasks import OwnedTasks
@@ -122,12 +122,13 @@ class _MemoryStream:
         peer = self._peer
         try:
             if peer is None:
-                raise TransferFailed("cannot connect: nobody is there")
+                raise PeerLost("cannot connect: nobody is there")
             peer._incoming.add(self)
             await self._deliver(peer)
         except TransferFailed as error:
             refused = "refused by the receiver: " if isinstance(error, StreamRefused) else ""
-            self._failure = TransferFailed(f"{self.header.request_id}: {refused}{error}")
+            failure = PeerLost if isinstance(error, PeerLost) else TransferFailed
+            self._failure = failure(f"{self.header.request_id}: {refused}{error}")
         except asyncio.CancelledError:
             self._failure = self._failure or TransferFailed(f"{self.header.request_id}: the data plane was closed")
             raise

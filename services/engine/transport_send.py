@@ -11,7 +11,7 @@ import socket
 from collections import deque
 from collections.abc import Callable
 
-from services.engine.data_plane import KvHeader, KvTrailer, TransferFailed
+from services.engine.data_plane import KvHeader, KvTrailer, PeerLost, TransferFailed
 from services.engine.interface import LayerKv
 from services.engine.kv_stream import PIECES_MAX, STREAMS_MAX, checksum
 from services.engine.transport_frames import (
@@ -91,10 +91,11 @@ class OutgoingStream:
 
     # --- told by the link ---
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, *, peer_lost: bool = False) -> None:
         self._pieces.clear()
         if not self._verdict.done():
-            self._verdict.set_exception(TransferFailed(f"{self.header.request_id}: {reason}"))
+            failure = PeerLost if peer_lost else TransferFailed
+            self._verdict.set_exception(failure(f"{self.header.request_id}: {reason}"))
 
     def heard(self, frame: ReceiverFrame) -> None:
         self._progress_s = self._loop.time()
@@ -173,7 +174,7 @@ class Link:
 
     def _ready(self, stream: OutgoingStream) -> None:
         if not self.alive:
-            stream.fail(f"the connection to {self.address} has ended")
+            stream.fail(f"the connection to {self.address} has ended", peer_lost=True)
             return
         if stream.number not in self._streams:
             return
@@ -184,20 +185,20 @@ class Link:
         self._work.set()
 
     async def run(self) -> None:
-        reason = "the data plane was closed"
+        reason, peer_lost = "the data plane was closed", False
         channel: Channel | None = None
         try:
             channel = await self._connect()
             await greet(channel, self._secret)
             await self._until_broken(channel)
         except ConnectionBroken as error:
-            reason = f"{self.address}: {error}"
+            reason, peer_lost = f"{self.address}: {error}", True
         finally:
             self.alive = False
             if channel is not None:
                 channel.close()
             for stream in self._streams.values():
-                stream.fail(reason)
+                stream.fail(reason, peer_lost=peer_lost)
             self._streams.clear()
             self._turns.clear()
 

@@ -64,7 +64,7 @@ from common.runtime.wire import WireError
 from common.runtime.write_behind import WriteBehind
 from common.settings import PrefillWorkerSettings
 from common.units import RequestId, WorkerId
-from services.engine.data_plane import DataPlane, DataPlaneFactory, KvHeader, KvTrailer, TransferFailed
+from services.engine.data_plane import DataPlane, DataPlaneFactory, KvHeader, KvTrailer, PeerLost, TransferFailed
 from services.engine.interface import EngineError, KvFull, PassResult, PrefillEngine, Segment
 from services.prefill_worker.handoff import Handoff
 
@@ -390,7 +390,9 @@ class PrefillWorker:
             await self._handoffs[request_id].finish(trailer)
         except TransferFailed as error:
             log.warning("a handoff failed", request_id=request_id, attempt=attempt, error=str(error))
-            self._shell.tell(HandoffFailed(request_id=request_id, attempt=attempt, reason=str(error)))
+            lost = isinstance(error, PeerLost)
+            failed = HandoffFailed(request_id=request_id, attempt=attempt, reason=str(error), peer_lost=lost)
+            self._shell.tell(failed)
             return
         self._shell.tell(HandoffFinished(request_id=request_id, attempt=attempt))
 

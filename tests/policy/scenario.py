@@ -119,7 +119,10 @@ def parse_event(verb: str, args: list[str], options: dict[str, str]) -> Schedule
                 **at(name, args[1]), compute_s=0.1, last_layer_computed_s=0, finish_reason=options.get("finish")
             )
         case "prefill-failed":
-            return PrefillFailed(**at(name, args[1]), reason="cosmic ray", retryable="fatal" not in options)
+            suspect = options.get("suspect")
+            return PrefillFailed(
+                **at(name, args[1]), reason="cosmic ray", retryable="fatal" not in options, suspect_worker_id=suspect
+            )
         case "released":
             return KvReleased(**at(name, args[1]))
         case "decoding":
