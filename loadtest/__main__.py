@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import loadtest
+from common import logs
 from common.errors import PecSchedError
 from loadtest import engine, mixed, mixed_report, overhead, pause, report
 
@@ -201,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0 measured, 1 not, 130 interrupted."""
     flags = parse(sys.argv[1:] if argv is None else argv)
     benchmark = BENCHMARKS[flags.command]
+    logs.setup("loadtest", level="warning", as_json=False)
     try:
         report.check_writable(flags.json)
         figures = benchmark.run(flags)

@@ -131,6 +131,10 @@ def busy_slots(view: ClusterView, place: Place) -> int:
     return max(1, min(workers, usable_cores()) if place.here else workers)
 
 
+MARKS = {kind: bytes([0xA0 | len(kind.__name__)]) + kind.__name__.encode() for kind in (GroupPaused, PrefillFinished)}
+"""A message's class name as MessagePack writes it: its length, then its letters."""
+
+
 class Observer:
     """Hears what everyone tells the scheduler: a second, silent subscriber of its inbox on NATS."""
 
@@ -140,8 +144,8 @@ class Observer:
         self._heard = asyncio.Event()
 
     async def hear(self, delivery: Delivery) -> None:
-        for kind in (GroupPaused, PrefillFinished):
-            if kind.__name__.encode() in delivery.data:  # most messages are others; they are not decoded
+        for kind, mark in MARKS.items():
+            if mark in delivery.data:  # most messages are others; they are not decoded
                 self._keep(decode(delivery.data, kind))
 
     async def prefill_of(self, request_id: str, within_s: float) -> PrefillFinished | None:

@@ -45,7 +45,6 @@ LONG_SHARE = 0.3
 FLAT = 1.05
 """A level of concurrency that is not this much better than the one before is the last."""
 LEVELS = (4, 8, 16, 32, 64)
-SETTLE_S = 1.0
 WARM_UP_SHORTS = 8
 ANSWER_S = 300.0
 
@@ -202,7 +201,7 @@ class Bench:
         with self._bars.counting("capacity of shorts", len(LEVELS)) as step:
             for concurrency in LEVELS:
                 count_s = self.options.capacity_level_s
-                rps = await run_closed_loop(client, asks, concurrency, settle_s=SETTLE_S, count_s=count_s)
+                rps = await run_closed_loop(client, asks, concurrency, count_s=count_s)
                 self.rates.levels_rps[concurrency] = rps
                 step()
                 before, best = best, max(best, rps)

@@ -8,6 +8,7 @@ from that *intended* time. So a cluster that stalls cannot slow down the measuri
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from uuid import uuid4
@@ -102,30 +103,30 @@ async def run_open_loop(client: Client, schedule: Schedule, on_done: OnDone) -> 
     return OpenLoopRun(tuple(samples))
 
 
-async def run_closed_loop(
-    client: Client, asks: Iterator[Ask], concurrency: int, *, settle_s: float, count_s: float
-) -> float:
-    """Answers per second with `concurrency` requests always in hand, counted over `count_s` after `settle_s`.
-    Raises: MeasurementFailed."""
+async def run_closed_loop(client: Client, asks: Iterator[Ask], concurrency: int, *, count_s: float) -> float:
+    """Answers per second with `concurrency` requests always in hand, counted over `count_s` once there were as
+    many answers as clients: the first wave fills the cluster. Raises: MeasurementFailed."""
     loop = asyncio.get_running_loop()
-    begun_s = loop.time()
     ends: list[float] = []
     run_name = uuid4().hex[:8]
 
+    def counted_until_s() -> float:
+        return ends[concurrency - 1] + count_s if len(ends) >= concurrency else math.inf
+
     async def one_client(which: int) -> None:
         number = 0
-        while loop.time() < begun_s + settle_s + count_s:
+        while loop.time() < counted_until_s():
             ask = next(asks)
             answer = await client.complete(ask, f"load-{run_name}-{which}-{number}")
             failure = answer.failure(ask)
             if failure is not None:
                 raise MeasurementFailed(f"a request failed while the capacity was measured: {failure}")
-            ends.append(loop.time() - begun_s)
+            ends.append(loop.time())
             number += 1
 
     async with Supervisor() as tasks:
         await asyncio.gather(*(tasks.spawn(one_client(i), name=f"client {i}") for i in range(concurrency)))
-    return sum(settle_s <= end_s < settle_s + count_s for end_s in ends) / count_s
+    return sum(end_s <= counted_until_s() for end_s in ends[concurrency:]) / count_s
 
 
 async def run_in_turn(client: Client, asks: list[Ask], on_done: OnDone) -> OpenLoopRun:
