@@ -20,11 +20,12 @@ from common.messages.requests import Prompt, RequestSpec, SamplingParams
 from common.units import RequestId, RouterId
 from services.engine import decode_attention
 from services.engine.decode import DecodeRow, plan_runs
-from services.engine.interface import EngineError, KvFull
+from services.engine.interface import EngineError, KvFull, LayerKv, Segment
 from services.engine.kv_cache import KvShape
 from services.engine.model import load_model
 from services.engine.slots import Slot
 from services.engine.torch_decode import TorchDecodeEngine
+from services.engine.torch_prefill import TorchPrefillEngine
 from tests.engine.models import FAMILIES, VOCAB, reference_greedy, reference_model, tiny_model
 
 COST = StepCost(pass_s=0.001, token_s=0.0001, pair_s=0.0)
@@ -315,6 +316,32 @@ async def test_bfloat16_is_as_near_to_float32_as_transformers_is(folder: Path, r
             theirs = half(torch.tensor([[*prompt, first]])).logits[0, -1].float()
         assert (ours - exact).abs().max() <= 1.5 * (theirs - exact).abs().max() + 0.02
     await engine.shutdown()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+async def test_a_prefill_engines_kv_is_what_the_decode_engine_takes(family: str, tmp_path: Path) -> None:
+    folder = tiny_model(family, tmp_path)
+    prefill = TorchPrefillEngine(load_model(folder, dtype="float32", device="cpu"), COST, kv_capacity_tokens=1_000)
+    decode = make_engine(folder)
+    assert prefill.profile.model_fingerprint == decode.profile.model_fingerprint
+    assert prefill.profile.kv_bytes_per_token == decode.profile.kv_bytes_per_token
+    prompt = prompt_of(random.Random(family), 70)
+    spec = spec_of("a", 70, 12)
+
+    def sink(kv: LayerKv) -> None:
+        buffers = decode.layer_buffers(spec.request_id, kv.layer, kv.start, kv.tokens)
+        for target, source in zip(buffers, kv.buffers, strict=True):
+            target[:] = source
+
+    decode.reserve(spec)
+    prefill.open(spec, prompt, sink)
+    await prefill.run([Segment(spec.request_id, 0, 40, sample=False)])
+    (first,) = (await prefill.run([Segment(spec.request_id, 40, 30, sample=True)])).sampled
+    decode.activate(spec.request_id, first.token_id)
+    drawn = [first.token_id, *[(await decode.step([spec.request_id]))[0].token_id for _ in range(11)]]
+    assert drawn == reference_greedy(reference_model(folder), prompt, 12)[0]
+    await prefill.shutdown()
+    await decode.shutdown()
 
 
 async def test_weights_are_held_once(folder: Path) -> None:
