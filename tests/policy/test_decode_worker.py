@@ -129,6 +129,7 @@ class _World:
         self.released: Counter[tuple[str, int]] = Counter()
         self.unanswered: set[tuple[str, int]] = set()
         """Expected or dropped, and nothing heard of yet."""
+        self.dropped: set[tuple[str, int]] = set()
         self.places: set[str] = set()
 
     def tell(self, event: DecodeEvent) -> list[DecodeCommand]:
@@ -144,6 +145,7 @@ class _World:
                 assert wanted.request_id not in self.reserved
                 assert all(asked.request_id != wanted.request_id for asked in self.asked)
                 self.asked.append(wanted)
+                self.dropped.discard((wanted.request_id, wanted.attempt))
             case AcceptOffer(request_id=name, attempt=attempt):
                 self.offers.remove((name, attempt))
                 assert self.reserved[name].attempt == attempt
@@ -194,6 +196,7 @@ class _World:
             key = (chunk.request_id, chunk.attempt)
             assert self.specs[key].router_id == router
             assert key not in self.finished, "a token after the last one"
+            assert key not in self.dropped, "a token after the cancel"
             assert chunk.index == self.tokens[key], "a gap"
             self.tokens[key] += len(chunk.token_ids)
             generated = self.tokens[key] - self.specs[key].generated_before
@@ -253,48 +256,85 @@ class _World:
 
 
 NAMES = st.sampled_from(["a", "b", "c", "d"])
-ATTEMPTS = st.integers(0, 3)
 
 
 class DecodeWorkerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.world = _World()
+        self.latest: Counter[str] = Counter()
+        """Highest attempt of each name so far."""
 
-    @rule(name=NAMES, attempt=ATTEMPTS, tokens=st.sampled_from([1, 100, 400]), new=st.integers(1, 4))
-    def expect(self, name: str, attempt: int, tokens: int, new: int) -> None:
-        key = (name, attempt)
-        # One attempt is one specification, however often it is ordered.
-        router = "r1" if name < "c" else "r2"
+    def _spec(self, name: str, attempt: int, tokens: int, new: int) -> RequestSpec:
+        """One attempt is one specification, however often it is ordered."""
+        self.latest[name] = max(self.latest[name], attempt)
         wanted = spec(
             name,
             tokens,
             max_tokens=new,
             attempt=attempt,
-            router=router,
+            router="r1" if name < "c" else "r2",
             stop_token_ids=(STOP_TOKEN,),
             generated_before=attempt * 10,
         )
-        wanted = self.world.specs.setdefault(key, wanted)
-        self.world.tell(expect(wanted))
+        return self.world.specs.setdefault((name, attempt), wanted)
+
+    @rule(
+        name=NAMES,
+        later=st.sampled_from([-1, 0, 0, 1, 1]),
+        tokens=st.sampled_from([1, 100, 400]),
+        new=st.integers(1, 9),
+    )
+    def expect(self, name: str, later: int, tokens: int, new: int) -> None:
+        attempt = max(0, self.latest[name] + later)
+        self.world.tell(expect(self._spec(name, attempt, tokens, new)))
         row = self.world.core.rows.get(name)
         if row is not None and (row.attempt == attempt or (row.successor and row.successor.spec.attempt == attempt)):
-            self.world.unanswered.add(key)
+            self.world.unanswered.add((name, attempt))
 
-    @rule(name=NAMES, attempt=ATTEMPTS)
-    def drop(self, name: str, attempt: int) -> None:
+    @rule(name=NAMES, tokens=st.sampled_from([10, 100]), new=st.integers(2, 9))
+    def hand_over(self, name: str, tokens: int, new: int) -> None:
+        """All that brings a new request into the batch, at once."""
+        world, attempt = self.world, self.latest[name] + 1
+        if world.asked or name in world.core.rows:
+            return
+        world.unanswered.add((name, attempt))
+        world.tell(expect(self._spec(name, attempt, tokens, new)))
+        if not world.asked:
+            return
+        world.answer_reservation(True)
+        if (name, attempt) not in world.streams:
+            world.offers.add((name, attempt))
+            world.tell(KvOffered(request_id=name, attempt=attempt, tokens=tokens))
+        world.end_stream((name, attempt), True)
+
+    @precondition(lambda self: self.world.core.rows)
+    @rule(data=st.data(), later=st.sampled_from([0, 0, 0, 1, -1]))
+    def drop_held(self, data: st.DataObject, later: int) -> None:
+        name = data.draw(st.sampled_from(sorted(self.world.core.rows)))
+        self._drop(name, max(0, self.world.core.rows[name].attempt + later))
+
+    @rule(name=NAMES, later=st.sampled_from([0, 1]))
+    def drop_any(self, name: str, later: int) -> None:
+        if name not in self.world.core.rows:
+            self._drop(name, self.latest[name] + later)
+
+    def _drop(self, name: str, attempt: int) -> None:
         self.world.unanswered.add((name, attempt))
+        row = self.world.core.rows.get(name)
+        if row is not None and row.attempt <= attempt:
+            self.world.dropped.add((name, row.attempt))
         self.world.tell(DropRequest(worker_id="d1", request_id=name, attempt=attempt, epoch=1))
 
-    @rule(name=NAMES, attempt=ATTEMPTS, wrong=st.booleans())
-    def offer(self, name: str, attempt: int, wrong: bool) -> None:
-        key = (name, attempt)
+    @rule(name=NAMES, later=st.sampled_from([-1, 0, 0, 0, 0, 1]), wrong=st.sampled_from([False] * 5 + [True]))
+    def offer(self, name: str, later: int, wrong: bool) -> None:
+        key = (name, max(0, self.latest[name] + later))
         if key in self.world.offers or key in self.world.streams:
             return  # the door refuses a second stream of the same by itself, or the core does
         known = self.world.specs.get(key)
         tokens = known.prompt.tokens if known and not wrong else 7
         self.world.offers.add(key)
-        self.world.tell(KvOffered(request_id=name, attempt=attempt, tokens=tokens))
+        self.world.tell(KvOffered(request_id=key[0], attempt=key[1], tokens=tokens))
 
     @precondition(lambda self: self.world.offers)
     @rule(data=st.data())
@@ -324,7 +364,7 @@ class DecodeWorkerMachine(RuleBasedStateMachine):
     def step_fails(self) -> None:
         self.world.end_step(None)
 
-    @rule(seconds=st.sampled_from([0.1, 1.0, 2.0, 30.0]))
+    @rule(seconds=st.sampled_from([0.1, 0.1, 0.1, 2.0, 30.0]))
     def time_passes(self, seconds: float) -> None:
         self.world.now_s += seconds
         deadline_s = self.world.core.next_deadline_s()
@@ -332,7 +372,7 @@ class DecodeWorkerMachine(RuleBasedStateMachine):
             self.world.tell(TimePassed())
 
     @precondition(lambda self: not self.world.core.stopping)
-    @rule(really=st.sampled_from([False] * 9 + [True]))
+    @rule(really=st.sampled_from([False] * 29 + [True]))
     def stop(self, really: bool) -> None:
         if really:
             self.world.tell(StopRequested())
@@ -362,7 +402,7 @@ def test_any_interleaving(request: pytest.FixtureRequest) -> None:
     run_state_machine_as_test(
         DecodeWorkerMachine,
         settings=settings(
-            max_examples=10_000 if nightly else 200,
+            max_examples=10_000 if nightly else 150,
             stateful_step_count=60,
             deadline=None,
             derandomize=not nightly,
