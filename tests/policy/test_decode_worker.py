@@ -292,9 +292,9 @@ class DecodeWorkerMachine(RuleBasedStateMachine):
         if row is not None and (row.attempt == attempt or (row.successor and row.successor.spec.attempt == attempt)):
             self.world.unanswered.add((name, attempt))
 
-    @rule(name=NAMES, tokens=st.sampled_from([10, 100]), new=st.integers(2, 9))
-    def hand_over(self, name: str, tokens: int, new: int) -> None:
-        """All that brings a new request into the batch, at once."""
+    @rule(name=NAMES, tokens=st.sampled_from([10, 100]), new=st.integers(2, 9), whole=st.booleans())
+    def hand_over(self, name: str, tokens: int, new: int, whole: bool) -> None:
+        """All that brings a new request into the batch, or to its transfer, at once."""
         world, attempt = self.world, self.latest[name] + 1
         if world.asked or name in world.core.rows:
             return
@@ -306,7 +306,8 @@ class DecodeWorkerMachine(RuleBasedStateMachine):
         if (name, attempt) not in world.streams:
             world.offers.add((name, attempt))
             world.tell(KvOffered(request_id=name, attempt=attempt, tokens=tokens))
-        world.end_stream((name, attempt), True)
+        if whole:
+            world.end_stream((name, attempt), True)
 
     @precondition(lambda self: self.world.core.rows)
     @rule(data=st.data(), later=st.sampled_from([0, 0, 0, 1, -1]))
