@@ -93,3 +93,10 @@ class CoordinatorHeartbeat(Message, frozen=True, kw_only=True):
     coordinator_id: CoordinatorId
     incarnation: str
     driving: tuple[tuple[RequestId, Attempt], ...] = ()
+
+
+class CoordinatorLeft(Message, frozen=True, kw_only=True):
+    """Coordinator → scheduler: stops by its own will and dissolves its groups; form no more here."""
+
+    coordinator_id: CoordinatorId
+    incarnation: str

@@ -173,6 +173,10 @@ class Membership:
         elif request.state is RequestState.RESUMING:
             self._ledger.emit(ResumeGroup(request_id=request.request_id, attempt=request.spec.attempt))
 
+    def on_coordinator_left(self) -> None:
+        """No group is formed until the next one reports."""
+        self._lose_coordinator("the SP coordinator was stopped")
+
     def _lose_coordinator(self, why: str) -> None:
         self._cluster.can_form_groups = False
         self._leases.coordinator_gone()

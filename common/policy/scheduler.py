@@ -11,6 +11,7 @@ from typing import assert_never
 
 from common.messages.cluster import (
     CoordinatorHeartbeat,
+    CoordinatorLeft,
     RouterHeartbeat,
     RouterLeft,
     WorkerHeartbeat,
@@ -147,6 +148,8 @@ class Scheduler:
                 self._on_decode_lost(event)
             case CoordinatorHeartbeat():
                 self._membership.on_coordinator_heartbeat(event)
+            case CoordinatorLeft():
+                self._membership.on_coordinator_left()
             case GroupFormed() | GroupPaused() | GroupResumed() | GroupPrefillFinished():
                 self._on_group_moved(event)
             case GroupFinished() | GroupFailed():

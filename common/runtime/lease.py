@@ -10,6 +10,7 @@ import asyncio
 
 from common.errors import PecSchedError
 from common.logs import get_logger
+from common.runtime import keys
 from common.runtime.store import Store, StoreError
 
 log = get_logger(__name__)
@@ -30,22 +31,20 @@ class Lease:
         self._key = key
         self._owner = owner
         self._ttl_s = ttl_s
-        self._renewed_s = 0.0
+        self._term = 0
         self._held = False
 
     async def acquire(self) -> int:
         """Wait until the lease is ours, however long another holds it or the store is away. Returns the term."""
-        loop = asyncio.get_running_loop()
         waiting_for = ""
         while True:
             try:
-                asked_s = loop.time()
                 term = await self._store.acquire_lease(self._key, self._owner, self._ttl_s)
                 reason = "another process holds it"
             except StoreError as error:
                 term, reason = None, str(error)
             if term is not None:
-                self._renewed_s, self._held = asked_s, True
+                self._term, self._held = term, True
                 return term
             if reason != waiting_for:
                 log.info("standing by for the lease", key=self._key, reason=reason)
@@ -55,27 +54,30 @@ class Lease:
     async def keep(self) -> None:
         """Renew until cancelled. While the store is away nobody else can take the lease from it, so the work
         goes on. Raises: LeaseLost."""
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self._ttl_s / RENEWALS_PER_TTL)
-            asked_s = loop.time()
             try:
                 held = await self._store.renew_lease(self._key, self._owner, self._ttl_s)
-                held = held or await self._retake(asked_s)
+                held = held or await self._retake()
             except StoreError as error:
                 log.warning("the lease could not be renewed", key=self._key, error=str(error))
                 continue
             if not held:
                 self._held = False
                 raise LeaseLost(f"the lease {self._key} is no longer ours: another process is active")
-            self._renewed_s = asked_s
 
-    async def _retake(self, asked_s: float) -> bool:
-        """The store forgot the lease (it restarted without its data). Had it not, ours would not have expired
-        yet: if it is free now, nobody else held it, and we go on under the old term."""
-        if asked_s - self._renewed_s >= self._ttl_s:
+    async def _retake(self) -> bool:
+        """The lease ran out while the store was away, or the store lost it. If its term is still ours (or lost
+        too), nobody else held it since: take it again and go on under the old term, as if nothing had been."""
+        last = await self._store.get(keys.term(self._key))
+        if last is not None and int(last) != self._term:
             return False
-        return await self._store.acquire_lease(self._key, self._owner, self._ttl_s) is not None
+        term = await self._store.acquire_lease(self._key, self._owner, self._ttl_s)
+        if term is None:
+            return False
+        log.warning("the lease had run out and is ours again", key=self._key)
+        self._term = term
+        return True
 
     async def release(self) -> None:
         """Give it up at once, so that a standby need not wait for it to expire."""

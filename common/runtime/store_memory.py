@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from common.runtime import keys
 from common.runtime.store import Delete, Put, StoreError, Touch, Write
 
 
@@ -55,6 +56,7 @@ class MemoryStore:
             return None
         if holder is None:
             self._terms[key] = self._terms.get(key, 0) + 1
+            self._values[keys.term(key)] = (str(self._terms[key]).encode(), None)
         self._values[key] = (owner.encode(), now_s + ttl_s)
         return self._terms[key]
 

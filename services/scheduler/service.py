@@ -20,7 +20,14 @@ import msgspec
 
 from common.logs import get_logger
 from common.messages.base import Message
-from common.messages.cluster import CoordinatorHeartbeat, RouterHeartbeat, RouterLeft, WorkerHeartbeat, WorkerLeft
+from common.messages.cluster import (
+    CoordinatorHeartbeat,
+    CoordinatorLeft,
+    RouterHeartbeat,
+    RouterLeft,
+    WorkerHeartbeat,
+    WorkerLeft,
+)
 from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, DecodeStarted, ExpectKv
 from common.messages.prefill import (
     DropRequest,
@@ -82,6 +89,7 @@ Heard = (
     | DecodeBusy
     | DecodeFailed
     | CoordinatorHeartbeat
+    | CoordinatorLeft
     | GroupFormed
     | GroupPaused
     | GroupResumed
@@ -122,9 +130,18 @@ class RequestRecords:
         self._store = store
         self._unwritten: OrderedDict[RequestId, Write] = OrderedDict()
         self._rest_until_s = 0.0
+        self._behind = asyncio.Event()
+        self._one_at_a_time = asyncio.Lock()
+
+    async def catch_up(self) -> None:
+        """Until cancelled: write what could not be written, once the store is back."""
+        while True:
+            await self._behind.wait()
+            await asyncio.sleep(STORE_REST_S)
+            await self.write(())
 
     async def write(self, commands: Iterable[SaveRequest | ForgetRequest]) -> None:
-        """One transaction; returns within `WRITE_S` whatever happens."""
+        """One transaction; takes little more than `WRITE_S` whatever happens."""
         for command in commands:
             request_id = command.record.spec.request_id if isinstance(command, SaveRequest) else command.request_id
             self._unwritten.pop(request_id, None)
@@ -135,16 +152,25 @@ class RequestRecords:
             )
         while len(self._unwritten) > UNWRITTEN_MAX:
             self._unwritten.popitem(last=False)
-        now_s = asyncio.get_running_loop().time()
-        if not self._unwritten or now_s < self._rest_until_s:
-            return
+        async with self._one_at_a_time:
+            if self._unwritten and asyncio.get_running_loop().time() >= self._rest_until_s:
+                await self._commit()
+
+    async def _commit(self) -> None:
+        batch = dict(self._unwritten)
         try:
-            await asyncio.wait_for(self._store.commit(list(self._unwritten.values())), WRITE_S)
-            self._unwritten.clear()
+            await asyncio.wait_for(self._store.commit(list(batch.values())), WRITE_S)
         except (StoreError, TimeoutError) as error:
             self.errors += 1
-            self._rest_until_s = now_s + STORE_REST_S
+            self._rest_until_s = asyncio.get_running_loop().time() + STORE_REST_S
+            self._behind.set()
             log.warning("records could not be written", waiting=len(self._unwritten), error=str(error) or "no answer")
+            return
+        for request_id, write in batch.items():
+            if self._unwritten.get(request_id) is write:  # else a newer one came meanwhile
+                del self._unwritten[request_id]
+        if not self._unwritten:
+            self._behind.clear()
 
     async def forget_former(self) -> None:
         """Records of an earlier scheduler. Its requests are submitted again by their routers, which own them,
@@ -202,6 +228,7 @@ class SchedulerService:
                 if self._stop.is_set():
                     return
                 tasks.spawn(self._lease.keep(), name="scheduler lease renewal")
+                tasks.spawn(self._records.catch_up(), name="late records")
                 await self._records.forget_former()
                 await self._serve(tasks, epoch=taken.result())
         finally:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 
 from common.logs import get_logger
-from common.messages.cluster import CoordinatorHeartbeat
+from common.messages.cluster import CoordinatorHeartbeat, CoordinatorLeft
 from common.messages.sp import (
     DissolveGroup,
     DropSegment,
@@ -106,9 +106,10 @@ class SpCoordinator:
                 tasks.spawn(self._shell.run(), name="coordinator core")
                 subscription = await self._bus.subscribe(subjects.COORDINATOR, self._receive)
                 self._bus.on_reconnect(self._beat.set)
-                tasks.spawn(self._heartbeats(), name="coordinator heartbeats")
+                beats = tasks.spawn(self._heartbeats(), name="coordinator heartbeats")
                 log.info("coordinating", incarnation=self._incarnation)
                 await self._stop.wait()
+                beats.cancel()  # a heartbeat after the farewell would take it back
                 await self._drain()
                 await subscription.unsubscribe()
         finally:
@@ -116,13 +117,15 @@ class SpCoordinator:
 
     async def _drain(self) -> None:
         """Members drop what they hold within a step's time; a silent one is given up after `answer_s`."""
+        # First: a group refused here would cost its request one of its attempts.
+        left = CoordinatorLeft(coordinator_id=self._coordinator_id, incarnation=self._incarnation)
+        await self._publish(subjects.SCHEDULER, left)
         self._shell.tell(StopAsked())
         await self._shell.drained()
         self._undriven.clear()
         if self.core.driving():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._undriven.wait(), 2 * self._settings.answer_s)
-        await self._say_what_is_driven()
 
     async def _receive(self, delivery: Delivery) -> None:
         try:
@@ -144,7 +147,9 @@ class SpCoordinator:
         if not self.core.driving():
             self._undriven.set()
 
-    async def _publish(self, subject: str, message: CoordinatorCommand | CoordinatorHeartbeat) -> None:
+    async def _publish(
+        self, subject: str, message: CoordinatorCommand | CoordinatorHeartbeat | CoordinatorLeft
+    ) -> None:
         try:
             await self._bus.publish(subject, encode(message))
         except BusError as error:

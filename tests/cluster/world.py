@@ -362,7 +362,9 @@ class Cluster:
             found += [f"scheduler knows {r.request_id}/{r.attempt} {r.state}" for r in view.requests]
             found += [f"{w.profile.worker_id} is charged" for w in view.workers if w.kv_reserved_tokens]
         lasting = (keys.requests(), keys.kv_all(), f"{keys.ROOT}:prompt:")
-        found += [key for key in self.store._values if key.startswith(lasting)]
+        now_s = asyncio.get_running_loop().time()
+        living = (key for key, (_, end_s) in self.store._values.items() if end_s is None or end_s > now_s)
+        found += [key for key in living if key.startswith(lasting)]
         return found
 
     async def settled(self) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 from contextlib import asynccontextmanager
 
-from common.messages.cluster import CoordinatorHeartbeat
+from common.messages.cluster import CoordinatorHeartbeat, CoordinatorLeft
 from common.messages.requests import Prompt, RequestSpec
 from common.messages.sp import (
     DropSegment,
@@ -34,7 +34,14 @@ from services.sp_coordinator.service import SpCoordinator
 
 SETTINGS = CoordinatorSettings()
 ToScheduler = (
-    CoordinatorHeartbeat | GroupFormed | GroupPaused | GroupResumed | GroupPrefillFinished | GroupFinished | GroupFailed
+    CoordinatorHeartbeat
+    | CoordinatorLeft
+    | GroupFormed
+    | GroupPaused
+    | GroupResumed
+    | GroupPrefillFinished
+    | GroupFinished
+    | GroupFailed
 )
 ToWorker = LoadSegment | RunSegment | PauseSegment | DropSegment
 
@@ -170,9 +177,9 @@ async def test_stop_dissolves_what_runs_and_says_so():
         await w.form()
         service.stop()
         await asyncio.wait_for(w.tasks.pop(service), 1.0)
-        assert type(w.words()[-1]) is GroupFailed
+        assert [type(word) for word in w.words()] == [GroupFormed, CoordinatorLeft, GroupFailed]
         assert w.words()[-1].retryable
-        assert w.beats()[-1].driving == ()
+        assert type(w.heard[-1]) is not CoordinatorHeartbeat
 
 
 @virtual
