@@ -142,8 +142,7 @@ class _Connection:
             self._refuse(frame.stream, str(refusal))
             await self._channel.drain(frame.nbytes)
             return
-        for view in views:
-            await self._channel.fill(view, patience_s=self._channel.silence_s)
+        await self._channel.fill(*views, patience_s=self._channel.silence_s)
         try:
             stream.end_piece(frame.layer, frame.tokens, views, time.monotonic())
         except StreamRefused as refusal:

@@ -36,6 +36,8 @@ HELLO_BYTES_MAX = 1024
 """Of a frame before the peer is known."""
 SLICE_BYTES = 1 << 20
 """Payload per send or receive call: each makes progress within the bound on silence, or the peer is lost."""
+VIEWS_MAX = 256
+"""Buffers per call; systems take at most 1024."""
 PROTOCOL = "pecsched-kv-1"
 
 
@@ -131,19 +133,14 @@ class Channel:
     async def send(self, frame: Message, payload: Sequence[memoryview] = ()) -> int:
         """Returns the number of payload bytes. Raises: ConnectionBroken."""
         data = encode(frame)
+        buffers = [memoryview(len(data).to_bytes(4, "big") + data), *(buffer.cast("B") for buffer in payload)]
         async with self._turn:
             if self._broken:
                 raise ConnectionBroken("broken off in the middle of a frame")
             self._broken = True
-            await self._send_all(memoryview(len(data).to_bytes(4, "big") + data))
-            sent = 0
-            for buffer in payload:
-                flat = buffer.cast("B")
-                for begin in range(0, len(flat), SLICE_BYTES):
-                    await self._send_all(flat[begin : begin + SLICE_BYTES])
-                sent += len(flat)
+            await self._send_all(buffers)
             self._broken = False
-        return sent
+        return sum(map(len, buffers[1:]))
 
     async def receive(
         self, types: type[Message] | UnionType, *, patience_s: float | None, bytes_max: int = FRAME_BYTES_MAX
@@ -161,20 +158,29 @@ class Channel:
         except WireError as error:
             raise ConnectionBroken(f"not a frame of this protocol: {error}") from error
 
-    async def fill(self, view: memoryview, *, patience_s: float | None) -> None:
+    async def fill(self, *views: memoryview, patience_s: float | None) -> None:
         """Receive exactly this many bytes, into place; None: no bound on silence. Raises: ConnectionBroken."""
-        rest = view.cast("B")
-        while len(rest):
+        rest = [view.cast("B") for view in views if view.nbytes]
+        while rest:
             try:
-                async with asyncio.timeout(patience_s):
-                    count = await self._loop.sock_recv_into(self._sock, rest[:SLICE_BYTES])
-            except TimeoutError:
-                raise ConnectionBroken(f"silent for {patience_s} s") from None
+                # All there is in one call; only an empty socket costs a turn of the loop and a timer.
+                count = self._sock.recvmsg_into(rest[:VIEWS_MAX])[0]
+            except (BlockingIOError, InterruptedError):
+                count = await self._receive_some(rest[0][:SLICE_BYTES], patience_s)
             except OSError as error:
                 raise ConnectionBroken(f"connection lost: {error}") from error
             if count == 0:
                 raise ConnectionBroken("connection closed by the peer")
-            rest = rest[count:]
+            _advance(rest, count)
+
+    async def _receive_some(self, view: memoryview, patience_s: float | None) -> int:
+        try:
+            async with asyncio.timeout(patience_s):
+                return await self._loop.sock_recv_into(self._sock, view)
+        except TimeoutError:
+            raise ConnectionBroken(f"silent for {patience_s} s") from None
+        except OSError as error:
+            raise ConnectionBroken(f"connection lost: {error}") from error
 
     async def drain(self, nbytes: int) -> None:
         """Receive and forget."""
@@ -184,7 +190,20 @@ class Channel:
             await self.fill(part, patience_s=self.silence_s)
             nbytes -= len(part)
 
-    async def _send_all(self, data: memoryview) -> None:
+    async def _send_all(self, buffers: list[memoryview]) -> None:
+        rest = [buffer for buffer in buffers if len(buffer)]
+        while rest:
+            try:
+                count = self._sock.sendmsg(rest[:VIEWS_MAX])
+            except (BlockingIOError, InterruptedError):
+                part = rest[0][:SLICE_BYTES]
+                await self._send_part(part)
+                count = len(part)
+            except OSError as error:
+                raise ConnectionBroken(f"connection lost: {error}") from error
+            _advance(rest, count)
+
+    async def _send_part(self, data: memoryview) -> None:
         try:
             async with asyncio.timeout(self.silence_s):
                 await self._loop.sock_sendall(self._sock, data)
@@ -192,6 +211,17 @@ class Channel:
             raise ConnectionBroken(f"the peer takes nothing for {self.silence_s} s") from None
         except OSError as error:
             raise ConnectionBroken(f"connection lost: {error}") from error
+
+
+def _advance(rest: list[memoryview], count: int) -> None:
+    """Take the first `count` bytes off."""
+    done = 0
+    while done < len(rest) and count >= len(rest[done]):
+        count -= len(rest[done])
+        done += 1
+    del rest[:done]
+    if count:
+        rest[0] = rest[0][count:]
 
 
 def _proof(secret: str, side: bytes, challenge: bytes, answer: bytes) -> bytes:

@@ -253,6 +253,7 @@ class Link:
                 stream = self._turns.popleft()
                 if stream.has_work:
                     await stream.send_next(channel)
+                    await asyncio.sleep(0)  # a fast peer must not keep the loop from its other tasks
                 if stream.ended:
                     self._streams.pop(stream.number, None)
                 elif stream.has_work and stream not in self._turns:
