@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from common.messages.cluster import CoordinatorHeartbeat, RouterHeartbeat, WorkerHeartbeat, WorkerLeft, WorkerProfile
 from common.messages.sp import DissolveGroup, PauseGroup, ResumeGroup
-from common.policy.cluster import Decoder, Replica, Request
+from common.policy.cluster import Decoder, HoldKey, Replica, Request
 from common.policy.leases import Leases, Role
 from common.policy.ledger import Ledger
 from common.policy.lifecycle import IN_GROUP, RequestState
@@ -85,6 +85,21 @@ class Membership:
             request = self._ledger.current(*key)
             if request is not None:
                 self._ledger.mind_release(request, worker.worker_id)
+        for holding in event.holdings:
+            if holding.phase == "expected":
+                self._mind_expected(worker.worker_id, (holding.request_id, holding.attempt))
+
+    def _mind_expected(self, worker_id: WorkerId, key: HoldKey) -> None:
+        """KV waits on a decode worker, and nobody holds what should be sent there: the order to prefill it was
+        lost. Without this the request would stand until the reservation lapses."""
+        request = self._ledger.current(*key)
+        if request is None or request.decode_worker != worker_id or request.state is not RequestState.HANDOFF:
+            return
+        sender = self._cluster.worker(request.prefill_worker) if request.prefill_worker is not None else None
+        if (sender is None or key not in sender.held) and (
+            self._ledger.now_s - request.state_since_s > self._ledger.grace_s
+        ):
+            self._ledger.interrupt(request, "its KV was lost before it was handed over")
 
     def _add_worker(self, profile: WorkerProfile) -> Replica | Decoder:
         worker = self._cluster.add_worker(profile, self._ledger.now_s)
