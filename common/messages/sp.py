@@ -60,7 +60,7 @@ class GroupPaused(Message, frozen=True, kw_only=True):
     step: int
     prefilled_tokens: Tokens
     pause_latency_s: Seconds
-    """Worst over the ranks: order received by the worker → its long stopped."""
+    """Worst over the ranks of `SegmentPaused.pause_latency_s`."""
 
 
 class GroupResumed(Message, frozen=True, kw_only=True):
@@ -170,7 +170,8 @@ class SegmentPaused(Message, frozen=True, kw_only=True):
     step: int
     prefilled_tokens: Tokens
     pause_latency_s: Seconds
-    """From the receipt of the order to the end of the step that was running (0 if none was)."""
+    """From the receipt of the order, or from the moment a short began to wait here while the long ran if that was
+    earlier, to the end of the step that was running (0 if none was)."""
 
 
 class SegmentPrefilled(Message, frozen=True, kw_only=True):

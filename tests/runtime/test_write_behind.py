@@ -1,0 +1,101 @@
+"""Writes that nothing waits for: they arrive in the end, are renewed, and lapse with their process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from common.runtime.store_memory import MemoryStore
+from common.runtime.virtual_time import virtual
+from common.runtime.write_behind import WRITES_PER_COMMIT_MAX, WriteBehind
+
+TTL_S = 3.0
+
+
+@asynccontextmanager
+async def behind(store: MemoryStore) -> AsyncIterator[WriteBehind]:
+    kept = WriteBehind(store, ttl_s=TTL_S)
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(kept.run())
+        yield kept
+        running.cancel()
+
+
+@virtual
+async def test_the_last_word_per_key_arrives_and_is_renewed():
+    store = MemoryStore()
+    async with behind(store) as kept:
+        kept.put("a", b"1")
+        kept.put("a", b"2")
+        kept.put("b", b"1")
+        kept.delete("b")
+        await asyncio.sleep(10 * TTL_S)
+        assert await store.scan("") == {"a": b"2"}
+
+
+@virtual
+async def test_words_of_a_dead_process_lapse():
+    store = MemoryStore()
+    async with behind(store) as kept:
+        kept.put("a", b"1")
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(TTL_S + 0.1)
+    assert await store.scan("") == {}
+
+
+@virtual
+async def test_an_outage_is_made_good_and_a_store_that_came_back_empty_too():
+    store = MemoryStore()
+    async with behind(store) as kept:
+        store.down = True
+        kept.put("a", b"1")
+        kept.put("b", b"1")
+        await asyncio.sleep(2 * TTL_S)
+        kept.put("a", b"2")
+        kept.delete("b")
+        store.down = False
+        await asyncio.sleep(TTL_S)
+        assert await store.scan("") == {"a": b"2"}
+        store._values.clear()
+        await asyncio.sleep(TTL_S)
+        assert await store.scan("") == {"a": b"2"}
+
+
+@virtual
+async def test_a_word_said_while_an_older_one_is_on_its_way_is_not_lost():
+    class SlowStore(MemoryStore):
+        async def commit(self, writes):
+            await asyncio.sleep(0.2)
+            await super().commit(writes)
+
+    store = SlowStore()
+    async with behind(store) as kept:
+        kept.put("a", b"1")
+        await asyncio.sleep(0.1)
+        kept.put("a", b"2")
+        await asyncio.sleep(0.5)
+        assert await store.get("a") == b"2"
+
+
+@virtual
+async def test_many_words_go_in_bounded_commits():
+    store = MemoryStore()
+    async with behind(store) as kept:
+        for number in range(3 * WRITES_PER_COMMIT_MAX):
+            kept.put(f"k{number}", b"1")
+        await asyncio.sleep(0.1)
+        assert store.commits == 3
+
+
+@virtual
+async def test_close_takes_everything_back_as_far_as_the_store_answers():
+    store = MemoryStore()
+    async with behind(store) as kept:
+        kept.put("a", b"1")
+        await asyncio.sleep(0.1)
+    store.down = True
+    await kept.close()
+    store.down = False
+    await kept.close()
+    assert await store.scan("") == {}
