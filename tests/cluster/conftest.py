@@ -11,6 +11,15 @@ from common.policy.prefill_worker import PrefillWorkerCore
 from common.policy.scheduler import Scheduler
 from common.policy.sp_coordinator import SpCoordinator
 
+NIGHTLY_TIMES = 25
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    count = getattr(metafunc.function, "seeds", None)
+    if count is not None:
+        times = NIGHTLY_TIMES if metafunc.config.getoption("--nightly") else 1
+        metafunc.parametrize("seed", range(count * times))
+
 
 @pytest.fixture(autouse=True)
 def _checked_after_every_event(monkeypatch: pytest.MonkeyPatch) -> None:

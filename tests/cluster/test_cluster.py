@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from common.runtime.virtual_time import virtual
-from tests.cluster.world import cluster
+from tests.cluster.world import cluster, seeds
 
 
 @virtual
@@ -25,7 +25,7 @@ async def test_a_long_gets_its_tokens():
         c.submit(4_000, max_tokens=16)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@seeds(5)
 def test_shorts_pause_a_long_and_nothing_is_computed_twice(seed):
     @virtual
     async def run():
@@ -92,7 +92,7 @@ def test_cancelled_in_every_phase(tokens, delay_s):
     run()
 
 
-@pytest.mark.parametrize("seed", range(10))
+@seeds(10)
 def test_cancelled_at_random_times(seed):
     @virtual
     async def run():

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 
-import pytest
-
 from common.runtime.virtual_time import run_virtual
-from tests.cluster.world import Cluster, cluster
+from services.engine.timed import TimedShape
+from tests.cluster.world import SHAPE, VOCAB, Cluster, cluster, seeds
 
 SERVERS = ("scheduler", "coordinator", "p0", "p1", "d0", "d1")
 
@@ -54,6 +53,16 @@ async def store_outages(c: Cluster, times: int) -> None:
         c.store.down = False
 
 
+async def transfer_faults(c: Cluster, times: int) -> None:
+    for _ in range(times):
+        await asyncio.sleep(c.random.uniform(0.5, 3.0))
+        c.hub.faults.delay_s = (0.0, c.random.choice((0.0, 0.01, 0.1)))
+        c.hub.faults.corrupt_pieces = c.random.choice((0, 1, 5))
+        c.hub.faults.frozen = c.random.random() < 0.4
+        await asyncio.sleep(c.random.choice((0.5, 3.0)))
+        c.hub.faults = type(c.hub.faults)()
+
+
 def check_errors(c: Cluster) -> None:
     for answer in c.answers:
         assert answer.error is None or answer.error.status in (408, 429, 503), answer.error
@@ -70,7 +79,7 @@ def run(scenario, **options) -> None:
     run_virtual(main())
 
 
-@pytest.mark.parametrize("seed", range(40))
+@seeds(20)
 def test_processes_die_at_random(seed):
     async def scenario(c):
         async with asyncio.TaskGroup() as tasks:
@@ -80,7 +89,7 @@ def test_processes_die_at_random(seed):
     run(scenario, seed=seed)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@seeds(20)
 def test_messages_are_lost_and_late(seed):
     async def scenario(c):
         c.broker.faults.drop_share = c.random.choice((0.005, 0.02, 0.05))
@@ -91,7 +100,7 @@ def test_messages_are_lost_and_late(seed):
     run(scenario, seed=seed)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@seeds(12)
 def test_connections_break_at_random(seed):
     async def scenario(c):
         async with asyncio.TaskGroup() as tasks:
@@ -101,7 +110,7 @@ def test_connections_break_at_random(seed):
     run(scenario, seed=seed)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@seeds(6)
 def test_the_store_goes_away_at_random(seed):
     async def scenario(c):
         async with asyncio.TaskGroup() as tasks:
@@ -111,7 +120,7 @@ def test_the_store_goes_away_at_random(seed):
     run(scenario, seed=seed)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@seeds(12)
 def test_everything_goes_wrong(seed):
     async def scenario(c):
         c.broker.faults.drop_share = 0.01
@@ -122,3 +131,27 @@ def test_everything_goes_wrong(seed):
             tasks.create_task(store_outages(c, 1))
 
     run(scenario, seed=seed)
+
+
+@seeds(12)
+def test_transfers_break_at_random(seed):
+    async def scenario(c):
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(load(c, 12.0, rate=6.0))
+            tasks.create_task(transfer_faults(c, 4))
+
+    run(scenario, seed=seed)
+
+
+@seeds(6)
+def test_a_few_processes_and_a_full_house(seed):
+    """One worker of each kind with hardly any room: requests wait, none is refused, pauses still end."""
+
+    async def main():
+        small = TimedShape(layers=4, vocab=VOCAB, kv_capacity_tokens=6_000, step_cost=SHAPE.step_cost, rows_max=3)
+        async with cluster(prefill=1, decode=1, seed=seed, shape=small) as c:
+            await load(c, 10.0, rate=5.0)
+            await c.until(lambda: all(answer.ended for answer in c.answers), 300.0)
+            assert all(answer.error is None for answer in c.answers)
+
+    run_virtual(main())

@@ -12,7 +12,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from common.messages.cluster import StepCost
 from common.messages.requests import SamplingParams
@@ -50,10 +50,24 @@ SHAPE = TimedShape(
     kv_capacity_tokens=20_000,
     step_cost=StepCost(pass_s=0.02, token_s=0.4e-3, pair_s=2e-7),
 )
-SETTLED_S = 60.0
+SETTLED_S = 20.0
 """Virtual seconds in which everything must have ended once nothing goes wrong any more."""
+PATIENCE_S = 60.0
 
 Service = Router | SchedulerService | SpCoordinator | PrefillWorker | DecodeWorker
+
+
+TestT = TypeVar("TestT", bound=Callable[..., Any])
+
+
+def seeds(count: int) -> Callable[[TestT], TestT]:
+    """Run the test with `seed` = 0 … count - 1; nightly, with many more."""
+
+    def mark(test: TestT) -> TestT:
+        test.seeds = count  # type: ignore[attr-defined]
+        return test
+
+    return mark
 
 
 class Words:
@@ -244,7 +258,7 @@ class Cluster:
         assert node.task is not None
         assert node.service is not None
         node.service.stop()
-        await asyncio.wait_for(node.task, SETTLED_S)
+        await asyncio.wait_for(node.task, PATIENCE_S)
         await self._forget(node)
 
     async def _forget(self, node: Node) -> None:
@@ -263,7 +277,7 @@ class Cluster:
         alive = {name for name, node in self.nodes.items() if node.alive}
         return workers == {name for name in alive if name[0] in "pd"} and view.coordinator_present
 
-    async def until(self, holds: Callable[[], object], within_s: float = SETTLED_S) -> None:
+    async def until(self, holds: Callable[[], object], within_s: float = PATIENCE_S) -> None:
         """Let virtual time pass until it holds; fail after `within_s`."""
         loop = asyncio.get_running_loop()
         end_s = loop.time() + within_s
@@ -369,7 +383,7 @@ class Cluster:
 
     async def settled(self) -> None:
         """Every request ended, as it should; nothing is held anywhere."""
-        await self.until(lambda: self.crashed or not self._leftovers())
+        await self.until(lambda: self.crashed or not self._leftovers(), SETTLED_S)
         assert not self.crashed, self.crashed
         for answer in self.answers:
             answer.check_tokens()
