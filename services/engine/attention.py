@@ -8,9 +8,6 @@ A chunk with a past cannot use one causal call: the causal flag is aligned to th
 past were part of the chunk. Past (no mask) and own part (square, causal) are attended separately and
 merged by their log-sum-exp, which is exact:
     lse = log(e^lse_a + e^lse_b);  out = out_a e^(lse_a - lse) + out_b e^(lse_b - lse)
-
-Where no mask is needed, the query heads that share a KV head are folded into the query's length: KV is
-never expanded, and the kernel sees longer queries (decode on CPU: 7 times faster).
 """
 
 from __future__ import annotations
@@ -19,10 +16,10 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from services.engine.attention_kernels import attend
 from services.engine.batch import Packed, RaggedBatch
 
 NAME = "pecsched"
@@ -105,64 +102,3 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     lse = torch.logaddexp(lse_a, lse_b)
     weight_b = torch.exp(lse_b - lse).unsqueeze(-1)
     return torch.lerp(out_a.float(), out_b.float(), weight_b).to(out_a.dtype), lse
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, *, causal: bool = False) -> tuple[Tensor, Tensor]:
-    """Grouped-query attention with its log-sum-exp.
-
-    query [1, query_heads, n, head_dim], key and value [1, kv_heads, m, head_dim]; causal only if n = m.
-    Returns out [1, query_heads, n, head_dim] and lse float32 [1, query_heads, n] (natural logarithm).
-    """
-    kv_heads = key.shape[1]
-    if causal:
-        return _kernel(query, key, value, scaling, True)
-    _, heads, tokens, head_dim = query.shape
-    folded = query.reshape(1, kv_heads, heads // kv_heads * tokens, head_dim)
-    out, lse = _kernel(folded, key, value, scaling, False)
-    return out.reshape(1, heads, tokens, head_dim), lse.reshape(1, heads, tokens)
-
-
-def _kernel(query: Tensor, key: Tensor, value: Tensor, scaling: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """The fastest operator of the device that returns the log-sum-exp.
-
-    They are private operators of torch, as the public function does not return it; a test compares
-    each with the plain formula.
-    """
-    if query.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
-            query, key, value, 0.0, causal, scale=scaling
-        )
-    if query.device.type == "cuda":
-        return _cuda_kernel(query, key, value, scaling, causal)
-    return plain_attention(query, key, value, scaling, causal)
-
-
-def _cuda_kernel(query: Tensor, key: Tensor, value: Tensor, scaling: float, causal: bool) -> tuple[Tensor, Tensor]:
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    head_dim = query.shape[-1]
-    if head_dim % 8:
-        query, key, value = (F.pad(tensor, (0, 8 - head_dim % 8)) for tensor in (query, key, value))
-    if query.dtype in (torch.bfloat16, torch.float16) and head_dim <= 256:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(
-            query, key, value, 0.0, causal, False, scale=scaling
-        )[:2]
-    else:
-        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, None, True, 0.0, causal, scale=scaling
-        )[:2]
-    return out[..., :head_dim], lse[..., : query.shape[2]]
-
-
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """The formula itself, for devices without a fused operator. Shapes as in `attend`."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = (query.float() @ key.float().transpose(-1, -2)) * scaling
-    if causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
-        scores = scores.masked_fill(future, float("-inf"))
-    lse = torch.logsumexp(scores, -1)
-    out = torch.exp(scores - lse.unsqueeze(-1)) @ value.float()
-    return out.to(query.dtype), lse

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from services.engine.attention import attend, merge_attention, plain_attention
+from services.engine import attention_kernels
+from services.engine.attention import merge_attention
+from services.engine.attention_kernels import UNMASKED, Attention, attend, plain_attention
 
 HEADS = [(9, 3), (4, 4), (8, 1)]
 
@@ -28,9 +30,10 @@ def formula(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize(("tokens", "keys"), [(1, 1), (1, 70), (5, 33), (40, 700)])
-def test_attend_without_mask(heads: tuple[int, int], tokens: int, keys: int) -> None:
+@pytest.mark.parametrize("attention", [*UNMASKED, attend])
+def test_without_mask(heads: tuple[int, int], tokens: int, keys: int, attention: Attention) -> None:
     query, key, value = inputs(heads, tokens, keys)
-    out, lse = attend(query, key, value, 0.3)
+    out, lse = attention(query, key, value, 0.3)
     torch.testing.assert_close(out.double(), formula(query, key, value, 0.3), atol=2e-6, rtol=1e-5)
     wanted = torch.logsumexp(
         (query.double() @ key.double().repeat_interleave(heads[0] // heads[1], 1).transpose(-1, -2)) * 0.3, -1
@@ -50,6 +53,41 @@ def test_causal_rows_see_only_what_is_before_them(heads: tuple[int, int], tokens
     for at in (0, tokens // 2, tokens - 1):
         wanted = formula(query[:, :, at : at + 1], key[:, :, : at + 1], value[:, :, : at + 1], 0.25)
         torch.testing.assert_close(out[:, :, at : at + 1].double(), wanted, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scores_max", [1, 33 * 100, 50 * 100])
+def test_products_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch, scores_max: int) -> None:
+    monkeypatch.setattr(attention_kernels, "_SCORES_MAX", scores_max)
+    query, key, value = inputs((8, 2), 37, 100)
+    out, lse = attention_kernels.products(query, key, value, 0.3)
+    wanted, wanted_lse = plain_attention(query, key, value, 0.3, False)
+    torch.testing.assert_close(out, wanted, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(lse, wanted_lse, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", UNMASKED)
+def test_bfloat16_loses_no_more_than_its_roundings(attention: Attention) -> None:
+    query, key, value = (tensor.bfloat16() for tensor in inputs((9, 3), 40, 700, 64))
+    out, lse = attention(query, key, value, 0.125)
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+    wanted, wanted_lse = plain_attention(query.float(), key.float(), value.float(), 0.125, False)
+    torch.testing.assert_close(out.float(), wanted, atol=4e-3, rtol=1e-2)
+    torch.testing.assert_close(lse, wanted_lse, atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("attention", UNMASKED)
+def test_scores_far_beyond_what_exp_holds(attention: Attention) -> None:
+    query, key, value = inputs((4, 4), 3, 300)
+    out, lse = attention(query, key, value, 400.0)
+    torch.testing.assert_close(out.double(), formula(query, key, value, 400.0), atol=1e-3, rtol=1e-3)
+    assert bool(torch.isfinite(lse).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_trial_chooses_for_every_shape(dtype: torch.dtype) -> None:
+    chosen = attention_kernels.trial(2, 3, 16, dtype)
+    assert set(chosen) == {(many, long) for many in (False, True) for long in (False, True)}
+    assert set(chosen.values()) <= set(UNMASKED)
 
 
 @pytest.mark.parametrize("cut", [1, 17, 49])

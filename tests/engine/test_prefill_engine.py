@@ -17,6 +17,7 @@ import torch
 from common.messages.cluster import StepCost
 from common.messages.requests import Prompt, RequestSpec, SamplingParams
 from common.units import RequestId, RouterId
+from services.engine import attention_kernels
 from services.engine.attention import CAUSAL_BLOCK
 from services.engine.interface import EngineError, KvFull, LayerKv, PassResult, Segment
 from services.engine.model import LoadedModel, load_model
@@ -243,7 +244,23 @@ def assemble(pieces: list[LayerKv], model: LoadedModel, tokens: int) -> torch.Te
     return out
 
 
-async def test_a_chunk_longer_than_the_causal_block(engine: TorchPrefillEngine, hook: Hook, llama_folder: Path) -> None:
+@pytest.mark.parametrize("attention", attention_kernels.UNMASKED)
+async def test_a_chunk_longer_than_the_causal_block(
+    engine: TorchPrefillEngine,
+    hook: Hook,
+    llama_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    attention: attention_kernels.Attention,
+) -> None:
+    calls: list[int] = []
+
+    def counted(query: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(query.shape[2])
+        return attention(query, *args)
+
+    shapes = [(many, long) for many in (False, True) for long in (False, True)]
+    monkeypatch.setattr(attention_kernels, "_FEW_KEYS", 1)
+    monkeypatch.setattr(attention_kernels, "trial", lambda *_: dict.fromkeys(shapes, counted))
     tokens = 30 + 2 * CAUSAL_BLOCK // 3 + CAUSAL_BLOCK
     prompt = random_prompt(random.Random(4), tokens)
     engine.open(spec("a", prompt, 1), prompt, None)
@@ -251,6 +268,7 @@ async def test_a_chunk_longer_than_the_causal_block(engine: TorchPrefillEngine, 
     await engine.run([segment("a", 30, tokens - 30, sample=True)])
     logits = reference_greedy(reference_model(llama_folder), prompt, 1)[1][0]
     assert float((hook.logits["a"][0] - logits).abs().max()) < 1e-4
+    assert calls == [CAUSAL_BLOCK, tokens - 30 - CAUSAL_BLOCK] * engine.profile.layers
 
 
 async def test_layers_reach_the_sink_in_order_while_computing(
