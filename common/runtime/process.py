@@ -17,6 +17,7 @@ from common import logs
 from common.errors import StartupError
 from common.runtime.bus import Bus, BusError
 from common.runtime.bus_nats import connect_nats
+from common.runtime.lease import LeaseLost
 from common.runtime.store import Store, StoreError
 from common.runtime.store_redis import connect_redis
 from common.settings import CommonSettings
@@ -50,6 +51,9 @@ def run_role(name: str, settings: CommonSettings, start: Start, *, patience_s: f
     except StartupError as error:
         sys.stderr.write(f"pecsched {name}: {error}\n")
         return EXIT_NOT_STARTED
+    except LeaseLost as error:
+        log.error("ended", reason=str(error))
+        return EXIT_FAILED
     except BusRefused:
         return EXIT_FAILED  # logged where it happened
     except (KeyboardInterrupt, asyncio.CancelledError):

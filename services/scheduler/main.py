@@ -7,6 +7,7 @@ import secrets
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from common.errors import StartupError
 from common.runtime.bus import Bus
 from common.runtime.journal import JournalWriter
 from common.runtime.process import run_role
@@ -24,7 +25,7 @@ def main(settings: SchedulerSettings) -> int:
 
     def journal_of(epoch: int) -> AbstractContextManager[JournalSink | None]:
         # One file per epoch: a journal belongs to one run of one core, and a replay needs its epoch.
-        return JournalWriter(Path(f"{settings.journal}.{epoch}")) if settings.journal else no_journal(epoch)
+        return _journal(f"{settings.journal}.{epoch}") if settings.journal else no_journal(epoch)
 
     async def start(bus: Bus, store: Store, stop: asyncio.Event) -> None:
         owner = f"{settings.node}:{secrets.token_hex(8)}"
@@ -34,6 +35,13 @@ def main(settings: SchedulerSettings) -> int:
             await scheduler.run()
 
     return run_role(ROLE, settings, start)
+
+
+def _journal(path: str) -> JournalWriter:
+    try:
+        return JournalWriter(Path(path))
+    except OSError as error:
+        raise StartupError(f"cannot write the journal {path}: {error.strerror}; pass another --journal") from error
 
 
 async def _stop_when(stop: asyncio.Event, scheduler: SchedulerService) -> None:

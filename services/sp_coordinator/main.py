@@ -7,6 +7,7 @@ import secrets
 from contextlib import ExitStack
 from pathlib import Path
 
+from common.errors import StartupError
 from common.runtime.bus import Bus
 from common.runtime.journal import JournalWriter
 from common.runtime.process import run_role
@@ -26,14 +27,21 @@ def main(settings: CoordinatorSettings) -> int:
         with ExitStack() as open_files:
             journal = None
             if settings.journal:
-                path = Path(f"{settings.journal}.{incarnation}")  # a journal belongs to one run of one core
-                journal = open_files.enter_context(JournalWriter(path))
+                # A journal belongs to one run of one core.
+                journal = open_files.enter_context(_journal(f"{settings.journal}.{incarnation}"))
             coordinator = SpCoordinator(settings, bus, store, incarnation=incarnation, journal=journal)
             async with Supervisor() as tasks:
                 tasks.spawn(_stop_when(stop, coordinator), name="stop signal")
                 await coordinator.run()
 
     return run_role(ROLE, settings, start)
+
+
+def _journal(path: str) -> JournalWriter:
+    try:
+        return JournalWriter(Path(path))
+    except OSError as error:
+        raise StartupError(f"cannot write the journal {path}: {error.strerror}; pass another --journal") from error
 
 
 async def _stop_when(stop: asyncio.Event, coordinator: SpCoordinator) -> None:
