@@ -141,6 +141,9 @@ async def test_a_lease_has_one_holder_and_a_rising_term(store: Store) -> None:
     assert second is not None
     assert second > first
     assert await store.get("lease") == b"bert"
+    last = await store.get(keys.term("lease"))
+    assert last is not None
+    assert int(last) == second
 
 
 async def test_a_lease_that_ran_out_is_lost_and_free(store: Store) -> None:
