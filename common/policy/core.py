@@ -7,6 +7,7 @@ run for real. `common.runtime.shell` runs any core on an event loop.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol, TypeVar
 
 from common.messages.base import Record
@@ -17,6 +18,11 @@ CommandT = TypeVar("CommandT")
 
 class InvariantViolated(AssertionError):
     """A core found its own state inconsistent, or was asked for an illegal transition."""
+
+    @classmethod
+    def told(cls, what: str, story: Iterable[str]) -> InvariantViolated:
+        """With what led to it."""
+        return cls(f"{what}; story:\n" + "\n".join(story))
 
 
 class TimePassed(Record, frozen=True, kw_only=True):

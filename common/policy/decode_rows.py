@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from common.messages.decode import ExpectKv
 from common.messages.requests import FinishReason, RequestSpec
+from common.policy.transitions import Table
 from common.units import Attempt, RequestId
 
 
@@ -25,7 +26,7 @@ class RowPhase(StrEnum):
 
 P = RowPhase
 
-TRANSITIONS: dict[RowPhase, frozenset[RowPhase]] = {
+TRANSITIONS: Table[RowPhase] = {
     P.RESERVING: frozenset({P.EXPECTED, P.CLOSING}),
     P.EXPECTED: frozenset({P.RECEIVING}),
     P.RECEIVING: frozenset({P.ACTIVE, P.CLOSING}),
@@ -33,15 +34,6 @@ TRANSITIONS: dict[RowPhase, frozenset[RowPhase]] = {
     P.CLOSING: frozenset(),
 }
 """A row that ends is taken off the books at once, in any phase: found no room, or released."""
-
-
-def mermaid() -> str:
-    """The table as a Mermaid state diagram, for ARCHITECTURE.md."""
-    lines = ["stateDiagram-v2", "    [*] --> reserving"]
-    for source, targets in TRANSITIONS.items():
-        lines += [f"    {source.value} --> {target.value}" for target in sorted(targets, key=lambda t: t.value)]
-    lines += [f"    {phase.value} --> [*]" for phase in RowPhase]
-    return "\n".join(lines)
 
 
 @dataclass(slots=True, eq=False)

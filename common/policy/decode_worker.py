@@ -19,6 +19,7 @@ Rules:
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import partial
 from typing import assert_never
 
 from common.messages.cluster import Holding, HoldingPhase
@@ -53,6 +54,7 @@ from common.policy.decode_events import (
 )
 from common.policy.decode_rows import TRANSITIONS, Row, RowPhase, finish_reason
 from common.policy.story import StoryLog
+from common.policy.transitions import require_legal
 from common.units import Attempt, RequestId, RouterId
 
 OFFERS_MAX = 1_024
@@ -220,7 +222,7 @@ class DecodeWorkerCore:
     def _reservation_answered(self, event: KvReserved | ReserveFailed) -> None:
         row = self._row(event.request_id, event.attempt)
         if row is None or row.phase not in (RowPhase.RESERVING, RowPhase.CLOSING):
-            raise InvariantViolated(f"{event!r} answers nothing; story:\n" + "\n".join(self.story(event.request_id)))
+            raise InvariantViolated.told(f"{event!r} answers nothing", self.story(event.request_id))
         self._note(row.request_id, event)
         if row.phase is RowPhase.CLOSING:
             self._free(row, reserved=isinstance(event, KvReserved))
@@ -430,9 +432,8 @@ class DecodeWorkerCore:
         return row if row is not None and row.attempt == attempt else None
 
     def _move(self, row: Row, target: RowPhase) -> None:
-        if target not in TRANSITIONS[row.phase]:
-            story = "\n".join(self.story(row.request_id))
-            raise InvariantViolated(f"{row.phase.value} → {target.value} is illegal; story:\n{story}")
+        who, story = f"{row.request_id}/{row.attempt}", partial(self.story, row.request_id)
+        require_legal(TRANSITIONS, row.phase, target, who=who, story=story)
         row.phase = target
 
     def _remember_ended(self, request_id: RequestId, attempt: Attempt) -> None:

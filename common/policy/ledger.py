@@ -7,6 +7,7 @@ the store and the owners informed, so that a handler says only *what* happens. M
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from functools import partial
 
 import msgspec
 
@@ -19,11 +20,12 @@ from common.messages.sp import DissolveGroup, FormGroup, PauseGroup, ResumeGroup
 from common.policy.baselines import FifoPolicy
 from common.policy.cluster import Cluster, Decoder, HoldKey, Replica, Request, SchedulerConfig, require
 from common.policy.decisions import SchedulingPolicy
-from common.policy.lifecycle import IN_GROUP, RequestState, require_legal
+from common.policy.lifecycle import IN_GROUP, RequestState, table_of
 from common.policy.pecsched import PecSchedPolicy
 from common.policy.scheduler_io import ForgetRequest, SaveRequest, SchedulerCommand
 from common.policy.story import StoryLog
 from common.policy.timers import Timers
+from common.policy.transitions import require_legal
 from common.units import RequestId, RouterId, WorkerId
 
 ENDED_REMEMBERED_MAX = 10_000
@@ -80,7 +82,9 @@ class Ledger:
         self.stories.note(request_id, self.now_s, self.cause, what)
 
     def move(self, request: Request, state: RequestState) -> None:
-        require_legal(request.state, state, long=request.is_long, story=self.stories.tell(request.request_id))
+        name = request.request_id
+        table = table_of(long=request.is_long)
+        require_legal(table, request.state, state, who=name, story=partial(self.stories.tell, name))
         request.state = state
         request.state_since_s = self.now_s
         if request.is_long:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from common.policy.core import InvariantViolated
+from common.policy.transitions import Table
 
 
 class RequestState(StrEnum):
@@ -39,7 +39,7 @@ class RequestState(StrEnum):
 
 S = RequestState
 
-SHORT_TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
+SHORT_TRANSITIONS: Table[RequestState] = {
     S.QUEUED: frozenset({S.PREFILLING}),
     S.PREFILLING: frozenset({S.HANDOFF, S.DECODING, S.INTERRUPTED}),
     S.HANDOFF: frozenset({S.DECODING, S.INTERRUPTED}),
@@ -48,7 +48,7 @@ SHORT_TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
 }
 """PREFILLING → DECODING: the decode worker's word can overtake the prefill worker's."""
 
-LONG_TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
+LONG_TRANSITIONS: Table[RequestState] = {
     S.QUEUED: frozenset({S.FORMING}),
     S.FORMING: frozenset({S.RUNNING, S.DECODING, S.INTERRUPTED}),
     S.RUNNING: frozenset({S.PAUSING, S.DECODING, S.INTERRUPTED}),
@@ -67,20 +67,5 @@ PREFILLING_LONG = IN_GROUP - {S.DECODING}
 """States in which a long holds the prefill place of its replicas."""
 
 
-def table_of(*, long: bool) -> dict[RequestState, frozenset[RequestState]]:
+def table_of(*, long: bool) -> Table[RequestState]:
     return LONG_TRANSITIONS if long else SHORT_TRANSITIONS
-
-
-def require_legal(current: RequestState, target: RequestState, *, long: bool, story: list[str]) -> None:
-    """Raises: InvariantViolated, with the request's story, if the table does not allow the step."""
-    if target not in table_of(long=long)[current]:
-        raise InvariantViolated(f"{current.value} → {target.value} is illegal; story:\n" + "\n".join(story))
-
-
-def mermaid(*, long: bool) -> str:
-    """The table as a Mermaid state diagram, for ARCHITECTURE.md."""
-    lines = ["stateDiagram-v2", "    [*] --> queued"]
-    for source, targets in table_of(long=long).items():
-        lines += [f"    {source.value} --> {target.value}" for target in sorted(targets, key=lambda t: t.value)]
-    lines += ["    decoding --> [*]", "    queued --> [*]: cancelled, failed (legal in every state)"]
-    return "\n".join(lines)

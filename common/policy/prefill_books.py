@@ -5,8 +5,8 @@ One pass runs at a time; one job per request id; each job ends once, and only wh
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
+from functools import partial
 
 from common.messages.cluster import Holding
 from common.messages.prefill import RunPrefill
@@ -24,9 +24,8 @@ from common.policy.prefill_events import (
 from common.policy.prefill_jobs import Job, LongJob, LongState, ShortJob, ShortState, Verdict
 from common.policy.prefill_outbox import Outbox
 from common.policy.prefill_passes import PassKind, next_pass
+from common.policy.story import StoryLog
 from common.units import Attempt, RequestId
-
-STORY_LINES_MAX = 4_096
 
 
 @dataclass(slots=True, eq=False)
@@ -52,7 +51,7 @@ class PrefillBooks:
         self.now_s = 0.0
         self._places = 0
         self._passes = 0
-        self._story: deque[tuple[RequestId, str]] = deque(maxlen=STORY_LINES_MAX)
+        self._stories = StoryLog()
 
     # --- views ---
 
@@ -68,13 +67,11 @@ class PrefillBooks:
     def held(self, request_id: RequestId, attempt: Attempt) -> ShortJob | LongJob:
         job = self.jobs.get(request_id)
         if job is None or job.attempt != attempt:
-            raise InvariantViolated(
-                f"word of {request_id}/{attempt}, which is not held; story:\n" + "\n".join(self.story(request_id))
-            )
+            raise InvariantViolated.told(f"word of {request_id}/{attempt}, which is not held", self.story(request_id))
         return job
 
     def tell(self, request_id: RequestId, line: str) -> None:
-        self._story.append((request_id, f"{self.now_s:.6f} {self.out.cause} {line}"))
+        self._stories.note(request_id, self.now_s, self.out.cause, line)
 
     def holdings(self) -> tuple[Holding, ...]:
         """All requests in hand, for heartbeats."""
@@ -103,14 +100,14 @@ class PrefillBooks:
             else:
                 self.out.segment_failed(spec.request_id, spec.attempt, refusal)
             return
-        place = self.next_place()
+        place, story = self.next_place(), partial(self.story, spec.request_id)
         handoff = None
         if isinstance(order, RunPrefill):
             if spec.max_tokens > 1:
                 handoff = HandoffTarget(worker_id=order.decode_worker_id, address=order.decode_address)
-            self.jobs[spec.request_id] = ShortJob(spec=spec, order=place, handoff=handoff, received_s=self.now_s)
+            self.jobs[spec.request_id] = ShortJob(spec, place, story, handoff=handoff, received_s=self.now_s)
         else:
-            self.jobs[spec.request_id] = LongJob(spec=spec, order=place)
+            self.jobs[spec.request_id] = LongJob(spec, place, story)
         self.out.do(OpenSequence(spec=spec, handoff=handoff))
 
     def _refusal(self, order: RunPrefill | LoadSegment) -> Verdict | None:
@@ -142,7 +139,7 @@ class PrefillBooks:
         if job.state in (ShortState.OPENING, ShortState.ABORTING):
             return
         if job.handoff is not None and job.started:
-            job.move(ShortState.ABORTING, self.story)
+            job.move(ShortState.ABORTING)
             self.out.abort_handoff(job)
         else:
             self.close(job)
@@ -153,9 +150,9 @@ class PrefillBooks:
         if freed:
             self.out.close_sequence(job)
         if isinstance(job, ShortJob):
-            job.move(ShortState.GONE, self.story)
+            job.move(ShortState.GONE)
         else:
-            job.move(LongState.GONE, self.story)
+            job.move(LongState.GONE)
         del self.jobs[job.request_id]
         self.tell(job.request_id, f"gone: {job.verdict or 'handed over'}")
         self._say_farewell(job, freed)
@@ -194,7 +191,7 @@ class PrefillBooks:
 
     def _started(self, job: Job, segment: PassSegment) -> None:
         if isinstance(job, ShortJob):
-            job.move(ShortState.RUNNING, self.story)
+            job.move(ShortState.RUNNING)
             if not job.started:
                 job.started = True
                 self.out.prefill_started(job, self.now_s - job.received_s)
@@ -210,7 +207,8 @@ class PrefillBooks:
             self.out.do(StopPass(pass_id=self.running.pass_id))
 
     def story(self, request_id: RequestId) -> list[str]:
-        return [line for about, line in self._story if about == request_id]
+        """Oldest first, from a bounded log."""
+        return self._stories.tell(request_id)
 
     # --- invariants ---
 
@@ -239,6 +237,4 @@ class PrefillBooks:
 
     def _require(self, holds: bool, job: Job, what: str) -> None:
         if not holds:
-            raise InvariantViolated(
-                f"{job.request_id}/{job.attempt} {what}; story:\n" + "\n".join(self.story(job.request_id))
-            )
+            raise InvariantViolated.told(f"{job.name} {what}", job.story())

@@ -8,21 +8,18 @@ runs, is paused and runs again, and decodes here. Both can end in every state; w
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, TypeVar
+from typing import Literal
 
 from common.messages.cluster import Holding, HoldingPhase
 from common.messages.prefill import RunPrefill
 from common.messages.requests import FinishReason, RequestSpec
 from common.messages.sp import LoadSegment
-from common.policy.core import InvariantViolated
 from common.policy.prefill_events import HandoffTarget
+from common.policy.story import Story
+from common.policy.transitions import Table, require_legal
 from common.units import Attempt, RequestId, WorkerId
-
-StateT = TypeVar("StateT", bound=StrEnum)
-Story = Callable[[RequestId], list[str]]
 
 
 class ShortState(StrEnum):
@@ -52,7 +49,7 @@ class LongState(StrEnum):
 S = ShortState
 L = LongState
 
-SHORT_TRANSITIONS: dict[ShortState, frozenset[ShortState]] = {
+SHORT_TRANSITIONS: Table[ShortState] = {
     S.OPENING: frozenset({S.READY, S.GONE}),
     S.READY: frozenset({S.RUNNING, S.ABORTING, S.GONE}),
     S.RUNNING: frozenset({S.READY, S.HANDOFF, S.ABORTING, S.GONE}),
@@ -63,7 +60,7 @@ SHORT_TRANSITIONS: dict[ShortState, frozenset[ShortState]] = {
 """RUNNING → READY: more chunks to come. RUNNING → GONE: the first token was the last one and nothing
 was streamed, or the pass failed before anything was."""
 
-LONG_TRANSITIONS: dict[LongState, frozenset[LongState]] = {
+LONG_TRANSITIONS: Table[LongState] = {
     L.LOADING: frozenset({L.LOADED, L.GONE}),
     L.LOADED: frozenset({L.RUNNING, L.PAUSED, L.GONE}),
     L.RUNNING: frozenset({L.PAUSING, L.PAUSED, L.DECODING, L.GONE}),
@@ -97,6 +94,8 @@ class Job:
     spec: RequestSpec
     order: int
     """Place in the local queue."""
+    story: Story = list
+    """The worker's bounded log of this request, for the messages of exceptions."""
     verdict: Verdict | None = None
     asked: list[tuple[Asker, Attempt]] = field(default_factory=list)
     """Who waits for the word that nothing is held any more, and of which attempt."""
@@ -112,6 +111,10 @@ class Job:
     @property
     def attempt(self) -> Attempt:
         return self.spec.attempt
+
+    @property
+    def name(self) -> str:
+        return f"{self.request_id}/{self.attempt}"
 
     @property
     def remaining(self) -> int:
@@ -136,9 +139,9 @@ class ShortJob(Job):
     def kv_tokens(self) -> int:
         return self.spec.prompt.tokens if self.handoff else self.spec.kv_tokens
 
-    def move(self, target: ShortState, story: Story) -> None:
+    def move(self, target: ShortState) -> None:
         """Raises: InvariantViolated, with the story, leaving the state as it was."""
-        _require_legal(SHORT_TRANSITIONS, self, self.state, target, story)
+        require_legal(SHORT_TRANSITIONS, self.state, target, who=self.name, story=self.story)
         self.state = target
 
     def holding(self) -> Holding:
@@ -180,9 +183,9 @@ class LongJob(Job):
         """Of the token that the next decode row feeds."""
         return self.spec.prompt.tokens + self.generated - 1
 
-    def move(self, target: LongState, story: Story) -> None:
+    def move(self, target: LongState) -> None:
         """Raises: InvariantViolated, with the story, leaving the state as it was."""
-        _require_legal(LONG_TRANSITIONS, self, self.state, target, story)
+        require_legal(LONG_TRANSITIONS, self.state, target, who=self.name, story=self.story)
         self.state = target
 
     def holding(self) -> Holding:
@@ -197,23 +200,5 @@ def finish_reason(spec: RequestSpec, token_id: int, generated: int) -> FinishRea
     return "length" if generated >= spec.max_tokens else None
 
 
-def mermaid(table: dict[StateT, frozenset[StateT]], first: StateT) -> str:
-    """A table as a Mermaid state diagram, for ARCHITECTURE.md."""
-    lines = ["stateDiagram-v2", f"    [*] --> {first}"]
-    for source, targets in table.items():
-        lines += [f"    {source} --> {'[*]' if target == 'gone' else target}" for target in sorted(targets)]
-    return "\n".join(lines)
-
-
 def _holding(job: Job, phase: HoldingPhase, kv_tokens: int) -> Holding:
     return Holding(request_id=job.request_id, attempt=job.attempt, phase=phase, kv_tokens=kv_tokens)
-
-
-def _require_legal(
-    table: dict[StateT, frozenset[StateT]], job: Job, current: StateT, target: StateT, story: Story
-) -> None:
-    if target not in table[current]:
-        raise InvariantViolated(
-            f"{job.request_id}/{job.attempt}: {current} → {target} is illegal; story:\n"
-            + "\n".join(story(job.request_id))
-        )

@@ -163,7 +163,7 @@ class PrefillWorkerCore:
                     long.order = self.books.next_place()
                 if long.state is not LongState.PAUSING:
                     long.running_since_s = None
-                long.move(LongState.RUNNING, self.books.story)
+                long.move(LongState.RUNNING)
                 self.books.out.segment_running(long)
             case LongState.RUNNING:
                 self.books.out.segment_running(long)
@@ -180,7 +180,7 @@ class PrefillWorkerCore:
             case LongState.LOADED | LongState.RUNNING:
                 long.pause_received_s = self.books.now_s
                 if self.books.in_pass(long):
-                    long.move(LongState.PAUSING, self.books.story)
+                    long.move(LongState.PAUSING)
                     self.books.stop_pass()
                 else:
                     self._paused(long, 0.0)
@@ -215,10 +215,10 @@ class PrefillWorkerCore:
         job = self.books.held(event.request_id, event.attempt)
         self.books.tell(job.request_id, "opened")
         if isinstance(job, ShortJob):
-            job.move(ShortState.READY, self.books.story)
+            job.move(ShortState.READY)
             job.ready_s = self.books.now_s
         else:
-            job.move(LongState.LOADED, self.books.story)
+            job.move(LongState.LOADED)
         if job.verdict is not None:
             self.books.settle(job)
             return
@@ -263,7 +263,7 @@ class PrefillWorkerCore:
         if job.verdict is not None:
             self.books.settle(job)
         elif token is None:
-            job.move(ShortState.READY, self.books.story)
+            job.move(ShortState.READY)
         else:
             reason = finish_reason(job.spec, token.token_id, generated=1)
             self.books.out.token(job, token, 1, reason)
@@ -271,7 +271,7 @@ class PrefillWorkerCore:
             if reason is not None:
                 self.books.end(job, Verdict("finished", reason))
                 return
-            job.move(ShortState.HANDOFF, self.books.story)
+            job.move(ShortState.HANDOFF)
             self.books.out.finish_handoff(job, token)
             self.books.out.place_kv(job, "handoff")
 
@@ -293,7 +293,7 @@ class PrefillWorkerCore:
                 self.books.out.segment_finished(job, reason)
                 self.books.end(job, Verdict("finished", reason))
                 return
-            job.move(LongState.DECODING, self.books.story)
+            job.move(LongState.DECODING)
             self.books.out.place_kv(job, "decoding")
 
     def _row_advanced(self, job: LongJob, token: SampledToken | None) -> None:
@@ -339,7 +339,7 @@ class PrefillWorkerCore:
 
     def _paused(self, long: LongJob, latency_s: float) -> None:
         long.last_pause_latency_s = latency_s
-        long.move(LongState.PAUSED, self.books.story)
+        long.move(LongState.PAUSED)
         self.books.tell(long.request_id, f"paused at step {long.steps_done} after {latency_s * 1e3:.1f} ms")
         self.books.out.segment_paused(long)
         self.books.out.place_kv(long, "paused")

@@ -15,8 +15,9 @@ The rules of one group stand in `sp_group.py`. Here is what spans groups:
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import assert_never
 
 from common.messages.sp import (
@@ -56,6 +57,7 @@ from common.policy.sp_io import (
     MemberWord,
     StopAsked,
 )
+from common.policy.story import StoryLog
 from common.policy.timers import Timers
 from common.units import Attempt, RequestId
 
@@ -77,7 +79,7 @@ class SpCoordinator:
         """Highest attempt seen, of requests whose groups or endings are kept."""
         self._endings: OrderedDict[GroupKey, GroupEnding] = OrderedDict()
         self._timers: Timers[GroupKey] = Timers()
-        self._stories: OrderedDict[RequestId, deque[str]] = OrderedDict()
+        self._stories = StoryLog(STORIES_KEPT, STORY_LINES_MAX)
         self._epoch = 0
         self._stopping = False
         self._events = 0
@@ -125,7 +127,7 @@ class SpCoordinator:
 
     def story(self, request_id: RequestId) -> list[str]:
         """What happened to this request's groups, oldest first; bounded."""
-        return list(self._stories.get(request_id, ()))
+        return self._stories.tell(request_id)
 
     def check(self) -> None:
         """See `Core`."""
@@ -193,7 +195,7 @@ class SpCoordinator:
         group = Group(
             spec=spec,
             ranks=tuple(Rank(worker_id=member) for member in order.members),
-            story=self._stories[spec.request_id],
+            story=partial(self._stories.tell, spec.request_id),
         )
         self._groups[key] = group
         self._newest[spec.request_id] = spec.attempt
@@ -475,9 +477,4 @@ class SpCoordinator:
         self._note(group.spec.request_id, f"{before} → {target}")
 
     def _note(self, request_id: RequestId, what: str) -> None:
-        story = self._stories.get(request_id)
-        if story is None:
-            story = self._stories[request_id] = deque(maxlen=STORY_LINES_MAX)
-            if len(self._stories) > STORIES_KEPT:
-                self._stories.popitem(last=False)
-        story.append(f"{self._now_s:.3f} {self._cause}: {what}")
+        self._stories.note(request_id, self._now_s, self._cause, what)

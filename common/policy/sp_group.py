@@ -22,13 +22,14 @@ The rules, in sentences:
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from common.messages.requests import FinishReason, RequestSpec
 from common.messages.sp import GroupFinished, GroupFormed, GroupPaused, GroupPrefillFinished, GroupResumed, SegmentPart
 from common.policy.core import InvariantViolated
+from common.policy.story import Story
+from common.policy.transitions import Table, require_legal
 from common.units import Attempt, RequestId, WorkerId
 
 GroupKey = tuple[RequestId, Attempt]
@@ -52,7 +53,7 @@ class GroupState(StrEnum):
 
 G = GroupState
 
-TRANSITIONS: dict[GroupState, frozenset[GroupState]] = {
+TRANSITIONS: Table[GroupState] = {
     G.FORMING: frozenset({G.PREFILLING, G.PAUSED, G.DISSOLVING}),
     G.PREFILLING: frozenset({G.PAUSING, G.DECODING, G.DISSOLVING}),
     G.PAUSING: frozenset({G.PAUSED, G.DECODING, G.DISSOLVING}),
@@ -117,7 +118,7 @@ class Group:
     failure: str = ""
     """Why it dissolves."""
     retryable: bool = True
-    story: deque[str] = field(default_factory=deque)
+    story: Story = list
     """The coordinator's bounded log of this request, for the messages of exceptions."""
 
     @property
@@ -142,11 +143,8 @@ class Group:
 
     def move(self, target: GroupState) -> None:
         """Raises: InvariantViolated, with the story, leaving the state as it was."""
-        if target not in TRANSITIONS[self.state]:
-            request_id, attempt = self.key
-            raise InvariantViolated(
-                f"group {request_id}/{attempt}: {self.state} → {target} is illegal; story:\n" + "\n".join(self.story)
-            )
+        request_id, attempt = self.key
+        require_legal(TRANSITIONS, self.state, target, who=f"group {request_id}/{attempt}", story=self.story)
         self.state = target
 
     def steps_paused_at(self) -> set[int]:
@@ -231,7 +229,7 @@ class Group:
     def _require(self, holds: bool, what: str) -> None:
         if not holds:
             request_id, attempt = self.key
-            raise InvariantViolated(f"group {request_id}/{attempt} {what}; story:\n" + "\n".join(self.story))
+            raise InvariantViolated.told(f"group {request_id}/{attempt} {what}", self.story())
 
 
 ALLOWED_PHASES: dict[GroupState, frozenset[RankPhase]] = {
@@ -267,11 +265,3 @@ def split_evenly(tokens: int, ranks: int) -> list[tuple[SegmentPart, ...]]:
         shares.append((SegmentPart(start=start, tokens=share),) if share else ())
         start += share
     return shares
-
-
-def mermaid() -> str:
-    """The table as a Mermaid state diagram, for ARCHITECTURE.md."""
-    lines = ["stateDiagram-v2", "    [*] --> forming"]
-    for source, targets in TRANSITIONS.items():
-        lines += [f"    {source} --> {'[*]' if target is G.GONE else target}" for target in sorted(targets)]
-    return "\n".join(lines)

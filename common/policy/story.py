@@ -7,9 +7,13 @@ and the serial of its cause. Records are kept as they are and written out only w
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Callable
 
 from common.messages.base import Record
 from common.units import RequestId
+
+Story = Callable[[], list[str]]
+"""Told only when asked: nobody formats a story that nobody reads."""
 
 _SILENT = frozenset({"v", "epoch", "cause", "spec", "record", "request_id"})
 

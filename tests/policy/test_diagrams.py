@@ -7,23 +7,31 @@ from pathlib import Path
 import pytest
 
 from common.policy import decode_rows, lifecycle, prefill_jobs, sp_group
+from common.policy.decode_rows import RowPhase
+from common.policy.lifecycle import RequestState
+from common.policy.prefill_jobs import LongState, ShortState
+from common.policy.sp_group import GroupState
+from common.policy.transitions import mermaid
 
 ARCHITECTURE = Path(__file__).parents[2] / "ARCHITECTURE.md"
 BEGIN, END = "<!-- diagrams -->\n", "<!-- /diagrams -->"
 
 
 def drawn() -> str:
+    served = {RequestState.DECODING: "", RequestState.QUEUED: "cancelled, failed (legal in every state)"}
     diagrams = {
-        "A short, in the scheduler": lifecycle.mermaid(long=False),
-        "A long, in the scheduler": lifecycle.mermaid(long=True),
-        "A group, in the SP coordinator": sp_group.mermaid(),
-        "A short, on a prefill worker": prefill_jobs.mermaid(
-            prefill_jobs.SHORT_TRANSITIONS, next(iter(prefill_jobs.SHORT_TRANSITIONS))
+        "A short, in the scheduler": mermaid(lifecycle.SHORT_TRANSITIONS, first=RequestState.QUEUED, ends=served),
+        "A long, in the scheduler": mermaid(lifecycle.LONG_TRANSITIONS, first=RequestState.QUEUED, ends=served),
+        "A group, in the SP coordinator": mermaid(sp_group.TRANSITIONS, first=GroupState.FORMING, gone=GroupState.GONE),
+        "A short, on a prefill worker": mermaid(
+            prefill_jobs.SHORT_TRANSITIONS, first=ShortState.OPENING, gone=ShortState.GONE
         ),
-        "A long, on a prefill worker": prefill_jobs.mermaid(
-            prefill_jobs.LONG_TRANSITIONS, next(iter(prefill_jobs.LONG_TRANSITIONS))
+        "A long, on a prefill worker": mermaid(
+            prefill_jobs.LONG_TRANSITIONS, first=LongState.LOADING, gone=LongState.GONE
         ),
-        "A sequence, on a decode worker": decode_rows.mermaid(),
+        "A sequence, on a decode worker": mermaid(
+            decode_rows.TRANSITIONS, first=RowPhase.RESERVING, ends=dict.fromkeys(RowPhase, "")
+        ),
     }
     return "".join(f"**{title}**\n\n```mermaid\n{text}\n```\n\n" for title, text in diagrams.items())
 
