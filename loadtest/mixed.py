@@ -44,8 +44,8 @@ SHORT_SHARE = 0.4
 LONG_SHARE = 0.3
 FLAT = 1.05
 """A level of concurrency that is not this much better than the one before is the last."""
-LEVELS = (4, 8, 16, 32, 64)
-WARM_UP_SHORTS = 8
+LEVELS = (4, 8, 16, 32)
+WARM_UP_ALONE, WARM_UP_CROWD = 2, 12
 ANSWER_S = 300.0
 
 
@@ -172,11 +172,11 @@ class Bench:
         """First uses cost more than all later ones: connections, code, memory."""
         asks = self._asks("warm-up shorts", "short")
         longs = self._asks("warm-up longs", "long", low_only=True) if self.options.longs else iter(())
-        with self._bars.counting("warming up", 2 * WARM_UP_SHORTS + bool(self.options.longs)) as step:
-            singles = await run_in_turn(client, [next(asks) for _ in range(WARM_UP_SHORTS)], step)
-            both = [*[next(asks) for _ in range(WARM_UP_SHORTS)], *([next(longs)] if self.options.longs else [])]
-            crowd = await run_open_loop(client, Schedule.at_once(both), step)
-        _require_whole("warm-up", singles, crowd)
+        crowd = [*(next(asks) for _ in range(WARM_UP_CROWD)), *([next(longs)] if self.options.longs else [])]
+        with self._bars.counting("warming up", WARM_UP_ALONE + len(crowd)) as step:
+            singles = await run_in_turn(client, [next(asks) for _ in range(WARM_UP_ALONE)], step)
+            together = await run_open_loop(client, Schedule.at_once(crowd), step)
+        _require_whole("warm-up", singles, together)
 
     async def find_rates(self, place: Place, client: Client) -> None:
         """Fills `rates` and `schedule`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,10 +35,13 @@ class Bars:
 
     @contextmanager
     def counting(self, title: str, total: int) -> Iterator[Callable[[], None]]:
-        """A bar; call what it gives once per thing done."""
+        """A bar; call what it gives once per thing done. Where no terminal shows it: a line at the end."""
+        begun_s = time.monotonic()
         bar = self._progress.add_task(title, total=total)
         yield lambda: self._progress.advance(bar)
         self._progress.stop_task(bar)
+        if not self._progress.console.is_terminal:
+            self.say(f"{title}: {time.monotonic() - begun_s:.1f} s")
 
     @contextmanager
     def waiting(self, title: str) -> Iterator[None]:
@@ -52,7 +56,8 @@ def progress(console: Console | None = None) -> Iterator[Bars]:
     # A few redraws a second: the measured machine draws them.
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     shown = console or Console(stderr=True)
-    with Progress(*columns, TimeElapsedColumn(), console=shown, refresh_per_second=2) as bars:
+    drawn = shown.is_terminal
+    with Progress(*columns, TimeElapsedColumn(), console=shown, refresh_per_second=2, disable=not drawn) as bars:
         yield Bars(bars)
 
 
