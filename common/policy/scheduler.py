@@ -204,9 +204,8 @@ class Scheduler:
         self._ledger.abandon(request)
         request.spec = spec
         if spec.attempt > self._config.attempts_max:
-            self._ledger.fail(
-                request, f"interrupted {spec.attempt} times; the last words are in the scheduler's log", True
-            )
+            times = f"interrupted {spec.attempt} times, which is more than attempts_max allows"
+            self._ledger.fail(request, f"{times}; try again later", True)
             return
         if request.state is not RequestState.QUEUED:
             if request.state is not RequestState.INTERRUPTED:
