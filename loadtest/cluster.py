@@ -23,10 +23,7 @@ import msgspec
 
 from common.errors import StartupError
 from common.messages.base import Message
-from common.messages.prefill import PrefillFinished
-from common.messages.sp import GroupPaused
 from common.messages.views import ClusterView
-from common.runtime import subjects
 from common.runtime.bus import BusError, Delivery
 from common.runtime.bus_nats import connect_nats
 from common.runtime.supervisor import Supervisor
@@ -131,42 +128,35 @@ def busy_slots(view: ClusterView, place: Place) -> int:
     return max(1, min(workers, usable_cores()) if place.here else workers)
 
 
-MARKS = {kind: bytes([0xA0 | len(kind.__name__)]) + kind.__name__.encode() for kind in (GroupPaused, PrefillFinished)}
-"""A message's class name as MessagePack writes it: its length, then its letters."""
-
-
 class Observer:
-    """Hears what everyone tells the scheduler: a second, silent subscriber of its inbox on NATS."""
+    """A silent second subscriber: hears messages of some kinds between the roles, and when."""
 
-    def __init__(self) -> None:
-        self.pause_latencies_s: list[float] = []
-        self._prefills: dict[str, PrefillFinished] = {}
-        self._heard = asyncio.Event()
+    def __init__(self, *kinds: type[Message]) -> None:
+        self.heard: list[tuple[float, Message]] = []
+        self._news = asyncio.Event()
+        # A message's class name as MessagePack writes it: its length, then its letters.
+        self._marks = {kind: bytes([0xA0 | len(kind.__name__)]) + kind.__name__.encode() for kind in kinds}
 
     async def hear(self, delivery: Delivery) -> None:
-        for kind, mark in MARKS.items():
+        now_s = asyncio.get_running_loop().time()
+        for kind, mark in self._marks.items():
             if mark in delivery.data:  # most messages are others; they are not decoded
-                self._keep(decode(delivery.data, kind))
+                self.heard.append((now_s, decode(delivery.data, kind)))
+                self._news.set()
 
-    async def prefill_of(self, request_id: str, within_s: float) -> PrefillFinished | None:
-        """What the worker said at the end of this short's prefill; None: nothing was heard in time."""
+    async def until(self, kind: type[Message], within_s: float) -> bool:
+        """Wait for one of this kind. False: none was heard in time."""
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                while request_id not in self._prefills:
-                    self._heard.clear()
-                    await self._heard.wait()
-        return self._prefills.pop(request_id, None)
-
-    def _keep(self, message: Message) -> None:
-        if isinstance(message, GroupPaused):
-            self.pause_latencies_s.append(message.pause_latency_s)
-        elif isinstance(message, PrefillFinished):
-            self._prefills[message.request_id] = message
-            self._heard.set()
+                while not any(isinstance(message, kind) for _, message in self.heard):
+                    self._news.clear()
+                    await self._news.wait()
+                return True
+        return False
 
 
 @asynccontextmanager
-async def observing(place: Place) -> AsyncIterator[Observer | None]:
+async def observing(place: Place, subjects: Sequence[str], *kinds: type[Message]) -> AsyncIterator[Observer | None]:
     """None: the place of the bus is not known. Raises: StartupError."""
     if not place.nats_url:
         yield None
@@ -176,8 +166,9 @@ async def observing(place: Place) -> AsyncIterator[Observer | None]:
     except BusError as error:
         raise StartupError(f"{error} (--nats-url)") from error
     try:
-        observer = Observer()
-        await bus.subscribe(subjects.SCHEDULER, observer.hear)
+        observer = Observer(*kinds)
+        for subject in subjects:
+            await bus.subscribe(subject, observer.hear)
         await bus.flush()
         yield observer
     finally:

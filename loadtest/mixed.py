@@ -33,6 +33,8 @@ from typing import Any
 import psutil
 
 from common.messages.requests import LengthClass
+from common.messages.sp import GroupPaused
+from common.runtime import subjects
 from loadtest import report
 from loadtest.client import Client
 from loadtest.cluster import Place, busy_slots, observing, served, view_of
@@ -223,14 +225,15 @@ class Bench:
     async def measure(self, title: str, place: Place, client: Client, schedule: Schedule) -> Setting:
         """One setting, from an idle cluster to its last answer."""
         pauses_before = await _pauses(client)
-        async with observing(place) as observer:
+        async with observing(place, (subjects.SCHEDULER,), GroupPaused) as observer:
             with self._bars.counting(title, len(schedule.arrivals)) as step, _busy() as busy:
                 measured = await run_open_loop(client, schedule, step)
             pauses = await _pauses(client) - pauses_before
+        heard = observer.heard if observer is not None else []
         return Setting(
             run=measured,
             pauses=pauses,
-            pause_latencies_s=tuple(observer.pause_latencies_s) if observer is not None else (),
+            pause_latencies_s=tuple(m.pause_latency_s for _, m in heard if isinstance(m, GroupPaused)),
             machine_busy=busy.machine if place.here else None,
             client_busy=busy.client,
         )
