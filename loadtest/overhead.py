@@ -9,8 +9,8 @@ the KV, and waking threads. It is all that router, scheduler and NATS add, and a
 
 The engine's time, and when who spoke, are overheard on NATS; all clocks are this machine's (so --url must be
 here). With a real model its threads compete with the other processes for the cores as they do in service:
-that is why the overhead is taken on the real cluster, and not on one whose engine costs nothing (`--serve "--
-engine timed"` is close to that).
+that is why the overhead is taken on the real cluster, and not on one whose engine does not compute
+(`--serve "--engine timed"` is one).
 """
 
 from __future__ import annotations
