@@ -12,6 +12,7 @@ from common.errors import PecSchedError
 from common.logs import get_logger
 from common.runtime import keys
 from common.runtime.store import Store, StoreError
+from common.runtime.supervisor import Supervisor
 
 log = get_logger(__name__)
 
@@ -24,7 +25,7 @@ class LeaseLost(PecSchedError):
 
 
 class Lease:
-    """Take it with `acquire`, run `keep` beside the work, give it up with `release`."""
+    """`stand_by` for it, then work; give it up with `release`, always."""
 
     def __init__(self, store: Store, key: str, owner: str, ttl_s: float) -> None:
         self._store = store
@@ -33,6 +34,16 @@ class Lease:
         self._ttl_s = ttl_s
         self._term = 0
         self._held = False
+
+    async def stand_by(self, tasks: Supervisor, stop: asyncio.Event) -> int | None:
+        """Wait for the lease, and keep it by a task of `tasks`. Returns the term; None, if `stop` was set first."""
+        taken = tasks.spawn(self.acquire(), name="lease")
+        stopped = tasks.spawn(stop.wait(), name="stop")
+        await asyncio.wait([taken, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set():
+            return None
+        tasks.spawn(self.keep(), name="lease renewal")
+        return taken.result()
 
     async def acquire(self) -> int:
         """Wait until the lease is ours, however long another holds it or the store is away. Returns the term."""

@@ -9,7 +9,9 @@ import asyncio
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from pathlib import Path
+from typing import Protocol
 
 import uvloop
 
@@ -17,9 +19,11 @@ from common import logs
 from common.errors import StartupError
 from common.runtime.bus import Bus, BusError
 from common.runtime.bus_nats import connect_nats
+from common.runtime.journal import JournalWriter
 from common.runtime.lease import LeaseLost
 from common.runtime.store import Store, StoreError
 from common.runtime.store_redis import connect_redis
+from common.runtime.supervisor import Supervisor
 from common.settings import CommonSettings
 
 Start = Callable[[Bus, Store, asyncio.Event], Awaitable[None]]
@@ -79,6 +83,40 @@ async def _serve(name: str, settings: CommonSettings, start: Start, patience_s: 
         log.info("stopped")
     if refused.is_set():
         raise BusRefused
+
+
+class Service(Protocol):
+    """What a role runs."""
+
+    async def run(self) -> None:
+        """Serve until stopped or cancelled."""
+        ...
+
+    def stop(self) -> None:
+        """Let `run` drain and return."""
+        ...
+
+
+async def serve_until(stop: asyncio.Event, service: Service) -> None:
+    """Run a service to its end; `stop` lets it drain. Raises whatever ends the service."""
+
+    async def pass_on() -> None:
+        await stop.wait()
+        service.stop()
+
+    async with Supervisor() as tasks:
+        tasks.spawn(pass_on(), name="stop signal")
+        await service.run()
+
+
+def open_journal(path: str) -> AbstractContextManager[JournalWriter | None]:
+    """A new journal for the length of the block; none for "". Raises: StartupError."""
+    if not path:
+        return nullcontext()
+    try:
+        return JournalWriter(Path(path))
+    except OSError as error:
+        raise StartupError(f"cannot write the journal {path}: {error.strerror}; pass another --journal") from error
 
 
 def with_signals(stop: asyncio.Event) -> None:

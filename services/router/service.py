@@ -24,6 +24,7 @@ from common.messages.scheduling import (
 from common.messages.views import ClusterView, DescribeCluster, QueryFailed, StoryTold, TellStory
 from common.runtime import keys, subjects, wire
 from common.runtime.bus import Bus, BusError, BusTimeout, Delivery, NoResponders
+from common.runtime.heartbeat import Heartbeat
 from common.runtime.store import Delete, Put, Store, StoreError, Touch, Write
 from common.runtime.supervisor import Supervisor
 from common.settings import RouterSettings
@@ -73,7 +74,8 @@ class Router:
         self._stopping = asyncio.Event()
         self._empty = asyncio.Event()
         self._timer_changed = asyncio.Event()
-        self._beat_now = asyncio.Event()
+        self._heartbeat = Heartbeat(settings.heartbeat_s, self._beat_and_watch)
+        self._scheduler_seen_s = 0.0
 
     def __repr__(self) -> str:
         return f"Router({self.router_id!r}, requests={len(self._tickets)}, generations={len(self._desk)})"
@@ -82,13 +84,14 @@ class Router:
 
     async def run(self) -> None:
         """Serve until stopped; then refuse new requests, give those in hand `drain_s`, fail the rest, and leave."""
-        self._bus.on_reconnect(self._beat_now.set)
+        self._bus.on_reconnect(self._heartbeat.now)
+        self._scheduler_seen_s = self._now_s()
         try:
             async with self._tasks:
                 inbox = await self._bus.subscribe(subjects.router(self.router_id), self._hear)
                 relay = await self._bus.subscribe(subjects.ROUTERS_CANCEL, self._cancel_for_another)
                 service = await NatsApi(self, self._bus).serve()
-                self._tasks.spawn(self._beats(), name="heartbeats")
+                self._tasks.spawn(self._heartbeat.run(), name="heartbeats")
                 self._tasks.spawn(self._timers(), name="timers")
                 self._started.set()
                 await self._stopping.wait()
@@ -357,20 +360,13 @@ class Router:
             except TimeoutError:
                 await self._perform(self._desk.time_passed(self._now_s()))
 
-    async def _beats(self) -> None:
+    async def _beat_and_watch(self) -> None:
         """Sign of life to scheduler and store; and whether a scheduler is there, while somebody waits for it."""
-        scheduler_seen_s = self._now_s()
-        while True:
-            self._beat_now.clear()
-            await self._beat()
-            if not self._desk or await self._scheduler_answers():
-                scheduler_seen_s = self._now_s()
-            elif self._now_s() - scheduler_seen_s >= self.settings.submit_patience_s:
-                await self._perform(self._desk.scheduler_lost(self._now_s()))
-            try:
-                await asyncio.wait_for(self._beat_now.wait(), self.settings.heartbeat_s)
-            except TimeoutError:
-                continue
+        await self._beat()
+        if not self._desk or await self._scheduler_answers():
+            self._scheduler_seen_s = self._now_s()
+        elif self._now_s() - self._scheduler_seen_s >= self.settings.submit_patience_s:
+            await self._perform(self._desk.scheduler_lost(self._now_s()))
 
     async def _beat(self) -> None:
         beat = RouterHeartbeat(router_id=self.router_id, waiting=self._desk.waiting())

@@ -222,15 +222,12 @@ class SchedulerService:
         """Stand by, then serve until stopped or cancelled. Raises: LeaseLost, and whatever the core raised."""
         try:
             async with Supervisor() as tasks:
-                taken = tasks.spawn(self._lease.acquire(), name="scheduler lease")
-                stopped = tasks.spawn(self._stop.wait(), name="scheduler stop")
-                await asyncio.wait([taken, stopped], return_when=asyncio.FIRST_COMPLETED)
-                if self._stop.is_set():
+                epoch = await self._lease.stand_by(tasks, self._stop)
+                if epoch is None:
                     return
-                tasks.spawn(self._lease.keep(), name="scheduler lease renewal")
                 tasks.spawn(self._records.catch_up(), name="late records")
                 await self._records.forget_former()
-                await self._serve(tasks, epoch=taken.result())
+                await self._serve(tasks, epoch)
         finally:
             await self._lease.release()
 

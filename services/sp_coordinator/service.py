@@ -28,6 +28,7 @@ from common.policy.sp_coordinator import SpCoordinator as Core
 from common.policy.sp_io import CoordinatorCommand, CoordinatorEvent, GroupOrder, MemberWord, StopAsked
 from common.runtime import keys, subjects
 from common.runtime.bus import Bus, BusError, Delivery
+from common.runtime.heartbeat import Heartbeat
 from common.runtime.lease import Lease
 from common.runtime.shell import CoreShell, JournalSink, MailboxFull
 from common.runtime.store import Store
@@ -81,7 +82,7 @@ class SpCoordinator:
             "sp-coordinator", self.core, self._perform, journal=journal
         )
         self._stop = asyncio.Event()
-        self._beat = asyncio.Event()
+        self._heartbeat = Heartbeat(settings.heartbeat_s, self._say_what_is_driven)
         self._undriven = asyncio.Event()
         self._in_order = asyncio.Lock()
         """A heartbeat that lacks a group must not overtake the word of how that group ended."""
@@ -97,16 +98,12 @@ class SpCoordinator:
         """Serve until stopped or cancelled. Raises: LeaseLost, and whatever the core raised."""
         try:
             async with Supervisor() as tasks:
-                active = tasks.spawn(self._lease.acquire(), name="coordinator lease")
-                stopped = tasks.spawn(self._stop.wait(), name="coordinator stop")
-                await asyncio.wait([active, stopped], return_when=asyncio.FIRST_COMPLETED)
-                if self._stop.is_set():
+                if await self._lease.stand_by(tasks, self._stop) is None:
                     return
-                tasks.spawn(self._lease.keep(), name="coordinator lease renewal")
                 tasks.spawn(self._shell.run(), name="coordinator core")
                 subscription = await self._bus.subscribe(subjects.COORDINATOR, self._receive)
-                self._bus.on_reconnect(self._beat.set)
-                beats = tasks.spawn(self._heartbeats(), name="coordinator heartbeats")
+                self._bus.on_reconnect(self._heartbeat.now)
+                beats = tasks.spawn(self._heartbeat.run(), name="coordinator heartbeats")
                 log.info("coordinating", incarnation=self._incarnation)
                 await self._stop.wait()
                 beats.cancel()  # a heartbeat after the farewell would take it back
@@ -156,13 +153,6 @@ class SpCoordinator:
             # As good as lost on the way: the bounds of the core cover members, heartbeats the scheduler.
             self.bus_errors += 1
             log.warning("a message could not be sent", subject=subject, error=str(error))
-
-    async def _heartbeats(self) -> None:
-        while True:
-            self._beat.clear()
-            await self._say_what_is_driven()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._beat.wait(), self._settings.heartbeat_s)
 
     async def _say_what_is_driven(self) -> None:
         async with self._in_order:

@@ -6,11 +6,21 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from common.errors import StartupError
 from common.runtime.bus import Bus
-from common.runtime.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NOT_STARTED, EXIT_OK, run_role
+from common.runtime.process import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_NOT_STARTED,
+    EXIT_OK,
+    open_journal,
+    run_role,
+    serve_until,
+)
 from common.runtime.store import Store
 from common.settings import CommonSettings
 from services.embedded import EmbeddedServer, free_port
@@ -92,3 +102,45 @@ def test_without_nats_there_is_one_line_and_the_flag(
     assert run_role("router", settings, nothing, patience_s=0.3) == EXIT_NOT_STARTED
     expected = f"pecsched router: cannot reach NATS at {settings.nats_url}: connection refused; "
     assert capsys.readouterr().err == expected + "start it or pass --nats-url\n"
+
+
+class Draining:
+    """A service that says when it was stopped, and fails there if it shall."""
+
+    def __init__(self, *, fails: bool) -> None:
+        self.fails = fails
+        self.drained = False
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    async def run(self) -> None:
+        await asyncio.wait_for(self._stopping.wait(), WAIT_S)
+        if self.fails:
+            raise ValueError("broken")
+        self.drained = True
+
+
+async def test_a_service_drains_when_told_to_stop() -> None:
+    stop, service = asyncio.Event(), Draining(fails=False)
+    stop.set()
+    await serve_until(stop, service)
+    assert service.drained
+
+
+async def test_what_ends_a_service_is_raised() -> None:
+    stop = asyncio.Event()
+    stop.set()
+    with pytest.raises(ValueError, match="broken"):
+        await serve_until(stop, Draining(fails=True))
+
+
+def test_a_journal_is_new_or_the_start_fails_with_the_flag(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    with open_journal("") as journal:
+        assert journal is None
+    with open_journal(str(path)) as journal:
+        assert journal is not None
+    with pytest.raises(StartupError, match=r"journal: File exists; pass another --journal"):
+        open_journal(str(path))
