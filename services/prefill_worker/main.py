@@ -3,53 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import re
-import socket
-from contextlib import ExitStack
-from pathlib import Path
 
-import msgspec
-
-from common.errors import StartupError
 from common.runtime.bus import Bus
-from common.runtime.journal import JournalWriter
-from common.runtime.process import run_role
+from common.runtime.shell import JournalSink
 from common.runtime.store import Store
-from common.runtime.supervisor import Supervisor
 from common.settings import PrefillWorkerSettings
+from services.engine.data_plane import DataPlaneFactory
 from services.engine.interface import PrefillEngine
-from services.engine.transport import open_data_plane
 from services.prefill_worker.service import PrefillWorker
+from services.worker.process import run_worker, serve_worker
 
 
 def main(settings: PrefillWorkerSettings) -> int:
     """Runs until a signal; returns the exit status."""
-    if not settings.worker_id:
-        host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())
-        settings = msgspec.structs.replace(settings, worker_id=f"prefill-{host}-{os.getpid()}")
-
-    async def start(bus: Bus, store: Store, stop: asyncio.Event) -> None:
-        await serve(settings, bus, store, stop)
-
-    return run_role("prefill-worker", settings, start)
+    return run_worker("prefill", settings, serve)
 
 
 async def serve(settings: PrefillWorkerSettings, bus: Bus, store: Store, stop: asyncio.Event) -> None:
     """Load the engine in a thread, then serve until `stop`. Raises: StartupError."""
     engine = await asyncio.to_thread(load_engine, settings)
-    plane = open_data_plane(
-        host=settings.data_host, port=settings.data_port, secret=settings.data_secret, transfer_s=settings.transfer_s
-    )
-    with ExitStack() as files:
-        journal = files.enter_context(_journal(settings.journal)) if settings.journal else None
-        worker = PrefillWorker(settings, bus, store, engine, plane, journal=journal)
-        async with Supervisor() as tasks:
-            serving = tasks.spawn(worker.run(), name="prefill worker")
-            stopped = tasks.spawn(stop.wait(), name="stop signal")
-            await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
-            worker.stop()
-            await serving
+
+    def make(data_plane: DataPlaneFactory, journal: JournalSink | None) -> PrefillWorker:
+        return PrefillWorker(settings, bus, store, engine, data_plane, journal=journal)
+
+    await serve_worker(settings, stop, make)
 
 
 def load_engine(settings: PrefillWorkerSettings) -> PrefillEngine:
@@ -62,10 +39,3 @@ def load_engine(settings: PrefillWorkerSettings) -> PrefillEngine:
     from services.engine.torch_prefill import make_prefill_engine
 
     return make_prefill_engine(settings)
-
-
-def _journal(path: str) -> JournalWriter:
-    try:
-        return JournalWriter(Path(path))
-    except OSError as error:
-        raise StartupError(f"cannot write the journal {path}: {error.strerror}; pass another --journal") from error

@@ -9,16 +9,11 @@ from __future__ import annotations
 import asyncio
 import sys
 from array import array
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, assert_never
-from uuid import uuid4
+from typing import assert_never
 
-from common.errors import StartupError
 from common.logs import get_logger
-from common.messages.base import Message
-from common.messages.cluster import WorkerHeartbeat, WorkerLeft, WorkerProfile
-from common.messages.locations import WorkerLease
 from common.messages.prefill import KvReleased, PrefillFailed, PrefillFinished, PrefillStarted
 from common.messages.requests import Prompt, TokensGenerated
 from common.messages.sp import (
@@ -55,18 +50,16 @@ from common.policy.prefill_events import (
     StopPass,
 )
 from common.policy.prefill_worker import PrefillWorkerCore
-from common.runtime import keys, subjects, wire
-from common.runtime.bus import Bus, BusError, Delivery
-from common.runtime.shell import CoreShell, JournalSink, MailboxFull
+from common.runtime import subjects
+from common.runtime.bus import Bus
+from common.runtime.shell import JournalSink
 from common.runtime.store import Store, StoreError
-from common.runtime.supervisor import Supervisor
-from common.runtime.wire import WireError
-from common.runtime.write_behind import WriteBehind
 from common.settings import PrefillWorkerSettings
 from common.units import RequestId, WorkerId
-from services.engine.data_plane import DataPlane, DataPlaneFactory, KvHeader, KvTrailer, PeerLost, TransferFailed
+from services.engine.data_plane import DataPlaneFactory, KvHeader, KvTrailer, PeerLost, TransferFailed
 from services.engine.interface import EngineError, KvFull, PassResult, PrefillEngine, Segment
 from services.prefill_worker.handoff import Handoff
+from services.worker.shell import WorkerPorts, WorkerShell, worker_id_of
 
 log = get_logger(__name__)
 
@@ -93,136 +86,38 @@ class PrefillWorker:
         journal: JournalSink | None = None,
     ) -> None:
         self.settings = settings
-        self.worker_id = WorkerId(settings.worker_id or f"prefill-{uuid4().hex[:8]}")
-        self.incarnation = uuid4().hex
+        self.worker_id = worker_id_of("prefill", settings)
         self.core = PrefillWorkerCore(config_of(settings, self.worker_id, engine))
-        self._bus = bus
         self._store = store
         self._engine = engine
-        self._open_plane = data_plane
-        self._plane: DataPlane | None = None
-        self._shell: CoreShell[PrefillOrder | PrefillLocalEvent, PrefillCommand] = CoreShell(
-            f"prefill worker {self.worker_id}", self.core, self._perform, journal=journal
+        self._shell: WorkerShell[PrefillOrder | PrefillLocalEvent, PrefillCommand] = WorkerShell(
+            "prefill",
+            self.worker_id,
+            settings,
+            WorkerPorts(bus, store, engine, data_plane),
+            self.core,
+            self._perform,
+            orders=PrefillOrder,
+            journal=journal,
         )
+        self.incarnation = self._shell.incarnation
         self._handoffs: dict[RequestId, Handoff] = {}
         self._pass_id: int | None = None
-        self._kept = WriteBehind(store, ttl_s=settings.lease_s)
-        self._tasks = Supervisor()
-        self._stopping = asyncio.Event()
-        self._started = asyncio.Event()
-        self._beat_now = asyncio.Event()
-        self._empty = asyncio.Event()
 
     def __repr__(self) -> str:
         return f"PrefillWorker({self.worker_id!r}, {self.core!r})"
 
-    # --- life ---
-
     async def run(self) -> None:
         """Raises: StartupError, if the data plane's address cannot be bound; whatever ends the core."""
-        try:
-            self._plane = self._open_plane(None)
-        except OSError as error:
-            raise StartupError(
-                f"cannot listen on {self.settings.data_host}:{self.settings.data_port} for KV: {error.strerror};"
-                " pass another --data-port"
-            ) from error
-        self._bus.on_reconnect(self._beat_now.set)
-        try:
-            async with self._tasks as tasks:
-                tasks.spawn(self._shell.run(), name="core")
-                tasks.spawn(self._kept.run(), name="store")
-                inbox = await self._bus.subscribe(subjects.worker(self.worker_id), self._hear)
-                tasks.spawn(self._beats(), name="heartbeats")
-                self._started.set()
-                await self._stopping.wait()
-                await self._drain()
-                await inbox.unsubscribe()
-                await tasks.stop()
-            await self._leave()
-        finally:
-            await self._plane.close()
-            await self._engine.shutdown()
+        await self._shell.run(None)
 
     def stop(self) -> None:
         """Drain and leave; `run` returns when that is done."""
-        self._stopping.set()
+        self._shell.stop()
 
     async def started(self) -> None:
         """Wait until it hears orders."""
-        await self._started.wait()
-
-    async def _drain(self) -> None:
-        self._empty.clear()
-        if self.core.idle:
-            return
-        try:
-            await asyncio.wait_for(self._empty.wait(), self.settings.drain_s)
-        except TimeoutError:
-            log.warning("stopping with requests in hand", requests=len(self.core.holdings()))
-
-    async def _leave(self) -> None:
-        await self._kept.close()
-        await self._publish(subjects.SCHEDULER, WorkerLeft(worker_id=self.worker_id, incarnation=self.incarnation))
-        try:
-            await self._bus.flush()
-        except BusError as error:
-            log.warning("left without a word", error=str(error))
-
-    # --- hearing and telling ---
-
-    async def _hear(self, delivery: Delivery) -> None:
-        try:
-            order: PrefillOrder = wire.decode(delivery.data, PrefillOrder)
-        except WireError as error:
-            log.warning("unreadable order", error=str(error))
-            return
-        try:
-            self._shell.tell(order)
-        except MailboxFull as error:
-            log.error("order dropped", error=str(error))
-
-    async def _beats(self) -> None:
-        profile = self._profile()
-        self._kept.put(keys.worker_lease(self.worker_id), wire.encode_record(WorkerLease(profile=profile)))
-        while True:
-            self._beat_now.clear()
-            await self._publish(subjects.SCHEDULER, WorkerHeartbeat(profile=profile, holdings=self.core.holdings()))
-            try:
-                await asyncio.wait_for(self._beat_now.wait(), self.settings.heartbeat_s)
-            except TimeoutError:
-                continue
-
-    async def _publish(self, subject: str, message: Message) -> None:
-        """What the bus cannot take is mended from the next heartbeats."""
-        try:
-            await self._bus.publish(subject, wire.encode(message))
-        except BusError as error:
-            log.warning("message lost", message=type(message).__name__, error=str(error))
-
-    def _profile(self) -> WorkerProfile:
-        profile = self._engine.profile
-        return WorkerProfile(
-            worker_id=self.worker_id,
-            role="prefill",
-            incarnation=self.incarnation,
-            node=self.settings.node,
-            replica=self.settings.replica or self.worker_id,
-            model_id=profile.model_id,
-            model_fingerprint=profile.model_fingerprint,
-            layers=profile.layers,
-            kv_bytes_per_token=profile.kv_bytes_per_token,
-            kv_capacity_tokens=profile.kv_capacity_tokens,
-            context_tokens=profile.context_tokens,
-            rows_max=profile.rows_max,
-            data_address=self._data_plane.address,
-            step_cost=profile.step_cost,
-        )
-
-    @property
-    def _data_plane(self) -> DataPlane:
-        assert self._plane is not None  # opened before anything that needs it
-        return self._plane
+        await self._shell.started()
 
     # --- performing ---
 
@@ -230,9 +125,9 @@ class PrefillWorker:
         for command in commands:
             match command:
                 case TokensGenerated():
-                    await self._publish(subjects.router(command.router_id), command)
+                    await self._shell.publish(subjects.router(command.router_id), command)
                 case PrefillStarted() | PrefillFinished() | PrefillFailed() | KvReleased():
-                    await self._publish(subjects.SCHEDULER, command)
+                    await self._shell.publish(subjects.SCHEDULER, command)
                 case (
                     SegmentLoaded()
                     | SegmentRunning()
@@ -242,11 +137,9 @@ class PrefillWorker:
                     | SegmentFailed()
                     | SegmentDropped()
                 ):
-                    await self._publish(subjects.COORDINATOR, command)
+                    await self._shell.publish(subjects.COORDINATOR, command)
                 case _:
                     self._begin(command)
-        if self.core.idle:
-            self._empty.set()
 
     def _begin(
         self,
@@ -274,18 +167,15 @@ class PrefillWorker:
                 self._engine.close(request_id)
                 self._handoffs.pop(request_id, None)
             case FinishHandoff():
-                self._spawn(self._finish_handoff(command), f"handoff {command.request_id}")
+                self._shell.spawn(self._finish_handoff(command), name=f"handoff {command.request_id}")
             case AbortHandoff():
-                self._spawn(self._abort_handoff(command), f"abort {command.request_id}")
+                self._shell.spawn(self._abort_handoff(command), name=f"abort {command.request_id}")
             case PlaceKv(location=location):
-                self._kept.put(keys.kv(location.request_id, self.worker_id), wire.encode_record(location))
+                self._shell.keep_location(location)
             case ForgetKv(request_id=request_id):
-                self._kept.delete(keys.kv(request_id, self.worker_id))
+                self._shell.forget_location(request_id)
             case _:
                 assert_never(command)
-
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        self._tasks.spawn(work, name=name)
 
     # --- sequences ---
 
@@ -294,7 +184,7 @@ class PrefillWorker:
         if prompt.inline is not None:
             self._reserve(command, prompt.inline)
         else:
-            self._spawn(self._fetch(command), f"fetch {command.spec.request_id}")
+            self._shell.spawn(self._fetch(command), name=f"fetch {command.spec.request_id}")
 
     async def _fetch(self, command: OpenSequence) -> None:
         key = command.spec.prompt.key
@@ -342,13 +232,13 @@ class PrefillWorker:
             layers=profile.layers,
             tokens=spec.prompt.tokens,
         )
-        return Handoff(self._data_plane, command.handoff.address, header)
+        return Handoff(self._shell.data_plane, command.handoff.address, header)
 
     # --- passes ---
 
     def _compute(self, pass_id: int, compute: Callable[[], Awaitable[PassResult]]) -> None:
         self._pass_id = pass_id
-        self._spawn(self._await_pass(pass_id, compute), f"pass {pass_id}")
+        self._shell.spawn(self._await_pass(pass_id, compute), name=f"pass {pass_id}")
 
     async def _await_pass(self, pass_id: int, compute: Callable[[], Awaitable[PassResult]]) -> None:
         try:
