@@ -28,13 +28,13 @@ _SCORES_MAX = 1 << 20
 
 _ROWS_MIN = 32
 
-_FEW_KEYS = 256
+_FEW_KEYS = 384
 """Below it one operator beats several, whatever it computes."""
 
-_FEW_QUERIES, _SHORT_PAST = 16, 1024
-"""Borders between the shapes that are tried apart."""
+_FEW_QUERIES = 16
+"""Few and many are tried apart: for few, reading the keys costs more than multiplying them."""
 
-_TRIAL_QUERIES, _TRIAL_KEYS, _TRIAL_REPETITIONS = (1, 64), (512, 2048), 3
+_TRIAL_QUERIES, _TRIAL_KEYS, _TRIAL_REPETITIONS = (1, 64), 2048, 3
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, *, causal: bool = False) -> tuple[Tensor, Tensor]:
@@ -43,9 +43,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, *, causal:
         return _fused(query, key, value, scaling, True)
     if query.device.type != "cpu" or key.shape[2] < _FEW_KEYS:
         return folded(query, key, value, scaling)
-    _, kv_heads, keys, head_dim = key.shape
-    tried = trial(kv_heads, query.shape[1] // kv_heads, head_dim, query.dtype)
-    return tried[query.shape[2] >= _FEW_QUERIES, keys >= _SHORT_PAST](query, key, value, scaling)
+    _, kv_heads, _, head_dim = key.shape
+    few, many = trial(kv_heads, query.shape[1] // kv_heads, head_dim, query.dtype)
+    return (few if query.shape[2] < _FEW_QUERIES else many)(query, key, value, scaling)
 
 
 def folded(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -93,20 +93,17 @@ UNMASKED: tuple[Attention, ...] = (folded, grouped, products)
 
 
 @cache
-def trial(kv_heads: int, group: int, head_dim: int, dtype: torch.dtype) -> dict[tuple[bool, bool], Attention]:
-    """The fastest on this CPU, by (many queries, long past). Once per shape of model, at its first pass,
+def trial(kv_heads: int, group: int, head_dim: int, dtype: torch.dtype) -> tuple[Attention, Attention]:
+    """The fastest on this CPU for few and for many queries. Once per shape of model, at its first pass,
     which is the calibration's; takes a tenth of a second for a small model."""
-    return {
-        (queries >= _FEW_QUERIES, keys >= _SHORT_PAST): _fastest(kv_heads, group, head_dim, dtype, queries, keys)
-        for queries in _TRIAL_QUERIES
-        for keys in _TRIAL_KEYS
-    }
+    few, many = (_fastest(kv_heads, group, head_dim, dtype, queries) for queries in _TRIAL_QUERIES)
+    return few, many
 
 
 @torch.inference_mode()
-def _fastest(kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, queries: int, keys: int) -> Attention:
+def _fastest(kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, queries: int) -> Attention:
     query = torch.randn(1, kv_heads * group, queries, head_dim, dtype=dtype)
-    key, value = torch.randn(2, 1, kv_heads, keys, head_dim, dtype=dtype)
+    key, value = torch.randn(2, 1, kv_heads, _TRIAL_KEYS, head_dim, dtype=dtype)
     least_s = dict.fromkeys(UNMASKED, float("inf"))
     for _ in range(_TRIAL_REPETITIONS):
         for attention in UNMASKED:

@@ -1,9 +1,16 @@
-"""Measures what a pass costs on this machine, for the estimates that placement and chunk sizes rest on."""
+"""Measures what a pass costs on this machine, for the estimates that placement and chunk sizes rest on.
+
+Layers cost the same, so a few steps tell what a pass takes. They are measured at several sizes with and
+without a long past, because the cost is linear in neither: small chunks wait for the weights, large
+ones for the multiplication, and attention to a long past is another operator than to a short one. The
+coefficients are those with the least relative error over the sizes.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,59 +23,104 @@ from services.engine.kv_cache import KvShape, SequenceKv
 from services.engine.model import LoadedModel
 from services.engine.prefill import PassRun
 
-_TOKENS, _PAST = 128, 1024
-"""Size of the measured passes, where the context allows: large enough for the slope to stand out."""
+_TOKENS = (64, 256)
+"""Chunks measured, where the context allows: about what long prefills are cut into."""
+
+_PAST_MAX = 8192
+"""Beyond it attention is linear in the past."""
+
+_PAST_PARTS = (0, 8, 2, 1)
+"""Pasts measured: none, and the longest divided by these."""
+
+_ROUNDS = 6
+"""Steps of each size, of which the first is not counted."""
 
 _BUDGET_S = 1.5
-"""No further repetition is begun after this."""
+"""No further round is begun after this, once there is one to count."""
 
 _LEAST_S = 1e-9
-"""Slopes below it are noise."""
+"""Coefficients below it are noise."""
+
+Size = tuple[int, int]
+"""Tokens of a chunk, and tokens before it."""
 
 
 def measure_step_cost(model: LoadedModel, *, tokens_max: int) -> StepCost:
-    """Time one token, a chunk, and a chunk with a past, and solve for `StepCost`'s three coefficients.
+    """The coefficients for passes of up to `tokens_max` tokens with their past. Takes about two seconds for
+    a small model on a CPU, at most a few passes for a large one."""
+    sizes = _sizes(min(model.context_tokens, tokens_max))
+    layers = min(_ROUNDS, model.layers)
+    shape = KvShape(layers, model.kv_heads, model.head_dim, model.dtype, model.device)
+    kv = SequenceKv(shape, max(tokens + past for tokens, past in sizes))
+    kv.clear()  # attention to zeros costs the same
+    step_s = _steps_s(model, kv, sizes, layers)
+    whole_s = [model.layers * seconds for seconds in step_s]
+    # The embedding, the head and the draw, which no step in the middle has.
+    ends_s = max(0.0, _pass_s(model) - whole_s[0])
+    return fit(sizes, [seconds + ends_s for seconds in whole_s])
 
-    The past's keys are zeros: attention costs the same. Takes about two seconds for a small model on
-    a CPU, at most a few passes for a large one.
-    """
-    room = min(model.context_tokens, tokens_max)
-    tokens = max(2, min(_TOKENS, room // 2))
-    past = max(1, min(_PAST, room - tokens))
-    shape = KvShape(model.layers, model.kv_heads, model.head_dim, model.dtype, model.device)
-    kv = SequenceKv(shape, past + tokens)
-    kv.clear()
-    sizes = ((1, 0), (tokens, 0), (tokens, past))
-    _timed_pass(model, kv, tokens, 0)  # first use of the weights, not counted
+
+def fit(sizes: Sequence[Size], seconds: Sequence[float]) -> StepCost:
+    """The cost with the least squared relative error over passes of these sizes; at least three of them."""
+    terms = [[1.0, tokens, tokens * (past + tokens / 2)] for tokens, past in sizes]
+    took = torch.tensor(seconds, dtype=torch.float64).unsqueeze(1)
+    relative = torch.tensor(terms, dtype=torch.float64) / took
+    scale = relative.norm(dim=0)
+    found = torch.linalg.lstsq(relative / scale, torch.ones_like(took)).solution[:, 0] / scale
+    pass_s, token_s, pair_s = found.tolist()
+    return StepCost(pass_s=max(_LEAST_S, pass_s), token_s=max(_LEAST_S, token_s), pair_s=max(_LEAST_S / 1e3, pair_s))
+
+
+def compute_clock(device: torch.device) -> Callable[[], float]:
+    """Seconds for measurements of the machine's speed. On a CPU the thread's own time: at the start of a
+    cluster all workers measure at once, on the same cores, and must not see each other."""
+    return time.thread_time if device.type == "cpu" else time.perf_counter
+
+
+def _sizes(room: int) -> list[Size]:
+    """What fits into `room` tokens; first the single token."""
+    chunks = sorted({max(2, min(tokens, room // 2)) for tokens in _TOKENS})
+    longest = max(1, min(_PAST_MAX, room - chunks[-1]))
+    return [(1, 0), *((tokens, longest // part if part else 0) for tokens in chunks for part in _PAST_PARTS)]
+
+
+def _steps_s(model: LoadedModel, kv: SequenceKv, sizes: Sequence[Size], layers: int) -> list[float]:
+    """Median seconds of a step of each size. The sizes take turns, so that a machine that slows down for a
+    moment slows all of them."""
+    clock = compute_clock(model.device)
+    passes = [_pass(model, kv, tokens, past, sample=False) for tokens, past in sizes]
     seen: list[list[float]] = [[] for _ in sizes]
     begun = time.perf_counter()
-    for _ in range(3):
-        for at, (count, before) in enumerate(sizes):
-            seen[at].append(_timed_pass(model, kv, count, before))
-        if time.perf_counter() - begun > _BUDGET_S:
-            break
-    one_s, chunk_s, late_s = (statistics.median(times) for times in seen)
-    return solve(tokens, past, one_s, chunk_s, late_s)
+    with torch.inference_mode():
+        for at in range(layers):
+            for run, times in zip(passes, seen, strict=True):
+                before = clock()
+                run.step()
+                times.append(clock() - before)
+            if at and time.perf_counter() - begun > _BUDGET_S:
+                break
+    return [statistics.median(times[1:] or times) for times in seen]
 
 
-def solve(tokens: int, past: int, one_s: float, chunk_s: float, late_s: float) -> StepCost:
-    """From the times of passes over 1 token, `tokens` tokens, and `tokens` tokens after `past`."""
-    pair_s = max(_LEAST_S / 1e3, (late_s - chunk_s) / (tokens * past))
-    token_s = max(_LEAST_S, (chunk_s - one_s - pair_s * (tokens * tokens - 1) / 2) / (tokens - 1))
-    return StepCost(pass_s=max(_LEAST_S, one_s - token_s - pair_s / 2), token_s=token_s, pair_s=pair_s)
+def _pass_s(model: LoadedModel) -> float:
+    """Seconds of a whole pass over one token, which it samples. The lesser of two, the first of which warms up."""
+    clock = compute_clock(model.device)
+    kv = SequenceKv(KvShape(model.layers, model.kv_heads, model.head_dim, model.dtype, model.device), 1)
+    taken = []
+    with torch.inference_mode():
+        for _ in range(2):
+            before = clock()
+            run = _pass(model, kv, 1, 0, sample=True)
+            while not run.finished:
+                run.step()
+            run.settle()
+            taken.append(clock() - before)
+    return min(taken)
 
 
-def _timed_pass(model: LoadedModel, kv: SequenceKv, tokens: int, past: int) -> float:
-    """Seconds of one pass over `tokens` tokens after `past`, sampling one."""
+def _pass(model: LoadedModel, kv: SequenceKv, tokens: int, past: int, *, sample: bool) -> PassRun:
     name, total = RequestId("calibration"), past + tokens
     spec = RequestSpec(request_id=name, router_id=RouterId(""), prompt=Prompt(tokens=total), max_tokens=1)
     sequence = HeldSequence(spec, [at % model.vocab for at in range(total)], kv, None)
     sequence.computed = past
-    batch = pack([(sequence, Segment(name, past, tokens, sample=True))], model.device)
-    begun = time.perf_counter()
-    with torch.inference_mode():
-        run = PassRun(model, batch)
-        while not run.finished:
-            run.step()
-        run.settle()
-    return time.perf_counter() - begun
+    return PassRun(model, pack([(sequence, Segment(name, past, tokens, sample=sample))], model.device))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from common.messages.requests import RequestSpec, TokenLogprob
 from common.model_files import model_name
 from common.settings import DecodeWorkerSettings
 from common.units import RequestId, TokenId
+from services.engine.calibrate import compute_clock
 from services.engine.convert import ensure_model
 from services.engine.decode import Decoder, DecodeRow
 from services.engine.interface import DecodeEngine, EngineError, EngineProfile, KvFull, Sampled
@@ -233,8 +233,7 @@ def measure_step_cost(decoder: Decoder, pool: SlotPool, context_tokens: int) -> 
 
 def _timed_step(decoder: Decoder, pool: SlotPool, rows: int, past: int) -> float:
     """Seconds of a step of `rows` rows with `past` tokens before each; sampling is not in it."""
-    # On a CPU the thread's own time: at the start of a cluster all workers measure at once, on the same cores.
-    clock = time.thread_time if decoder.device.type == "cpu" else time.perf_counter
+    clock = compute_clock(decoder.device)
     slots = [pool.take(past + 1) for _ in range(rows)]
     begun = clock()
     decoder.step([DecodeRow(slot, past, 0) for slot in slots])[:, :1].cpu()  # the copy waits for the device

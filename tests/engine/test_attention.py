@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -83,11 +85,21 @@ def test_scores_far_beyond_what_exp_holds(attention: Attention) -> None:
     assert bool(torch.isfinite(lse).all())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_trial_chooses_for_every_shape(dtype: torch.dtype) -> None:
-    chosen = attention_kernels.trial(2, 3, 16, dtype)
-    assert set(chosen) == {(many, long) for many in (False, True) for long in (False, True)}
-    assert set(chosen.values()) <= set(UNMASKED)
+def test_few_and_many_queries_go_to_whom_the_trial_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def chosen(name: str) -> Attention:
+        def attention(query: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            asked.append((name, query.shape[2]))
+            return attention_kernels.folded(query, *args)
+
+        return attention
+
+    monkeypatch.setattr(attention_kernels, "trial", lambda *_: (chosen("few"), chosen("many")))
+    for tokens, keys in ((1, 400), (40, 400), (40, 10)):
+        query, key, value = inputs((4, 2), tokens, keys)
+        attend(query, key, value, 0.3)
+    assert asked == [("few", 1), ("many", 40)]  # few keys: nobody is asked
 
 
 @pytest.mark.parametrize("cut", [1, 17, 49])

@@ -10,7 +10,8 @@ import torch
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from common.settings import PrefillWorkerSettings
-from services.engine.calibrate import solve
+from services.engine import calibrate
+from services.engine.calibrate import fit
 from services.engine.model import ModelError, load_model, pick_device
 from services.engine.torch_prefill import make_prefill_engine
 from tests.engine.models import CONTEXT, FAMILIES, VOCAB, tiny_model
@@ -140,11 +141,26 @@ async def test_factory_measures_what_a_pass_costs(tmp_path: Path) -> None:
     await engine.shutdown()
 
 
-def test_cost_is_solved_exactly() -> None:
+def test_cost_is_fitted_exactly_where_it_can_be() -> None:
     def seconds(tokens: int, past: int) -> float:
         return 0.05 + 4e-4 * tokens + 2e-7 * tokens * (past + tokens / 2)
 
-    cost = solve(256, 2048, seconds(1, 0), seconds(256, 0), seconds(256, 2048))
+    sizes = [(1, 0), (64, 0), (64, 7_000), (256, 0), (256, 2_048), (512, 130_000)]
+    cost = fit(sizes, [seconds(*size) for size in sizes])
     assert cost.pass_s == pytest.approx(0.05)
     assert cost.token_s == pytest.approx(4e-4)
     assert cost.pair_s == pytest.approx(2e-7)
+
+
+def test_no_coefficient_is_negative() -> None:
+    cost = fit([(1, 0), (64, 0), (64, 500)], [0.05, 0.02, 0.01])
+    assert min(cost.pass_s, cost.token_s, cost.pair_s) > 0
+
+
+@pytest.mark.parametrize("room", [4, 100, 513, 200_000])
+def test_measured_sizes_fit_into_the_context(room: int) -> None:
+    sizes = calibrate._sizes(room)
+    assert sizes[0] == (1, 0)
+    assert all(tokens >= 1 and past >= 0 and tokens + past <= room for tokens, past in sizes)
+    assert len({tokens for tokens, _ in sizes}) >= 2  # else the slopes could not be told from the rest
+    assert len({past for _, past in sizes}) >= 2
