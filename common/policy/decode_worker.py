@@ -55,6 +55,7 @@ from common.policy.decode_events import (
 from common.policy.decode_rows import TRANSITIONS, Row, RowPhase, finish_reason
 from common.policy.story import StoryLog
 from common.policy.transitions import require_legal
+from common.policy.words import About
 from common.units import Attempt, RequestId, RouterId
 
 OFFERS_MAX = 1_024
@@ -197,11 +198,7 @@ class DecodeWorkerCore:
     def _busy(self, spec: RequestSpec) -> None:
         self._remember_ended(spec.request_id, spec.attempt)
         self._refuse_offers(spec.request_id, spec.attempt, "no room for it here")
-        self._rest.append(
-            DecodeBusy(
-                worker_id=self.config.worker_id, request_id=spec.request_id, attempt=spec.attempt, cause=self._cause
-            )
-        )
+        self._rest.append(DecodeBusy(**self._about(spec.request_id, spec.attempt)))
 
     def _drop(self, order: DropRequest) -> None:
         self._refuse_offers(order.request_id, order.attempt, "dropped")
@@ -282,12 +279,9 @@ class DecodeWorkerCore:
         self._effects.append(ActivateRow(request_id=row.request_id, first_token=event.first_token))
         self._rest.append(
             DecodeStarted(
-                worker_id=self.config.worker_id,
-                request_id=row.request_id,
-                attempt=row.attempt,
+                **self._about(row.request_id, row.attempt),
                 first_layer_received_s=event.first_layer_received_s,
                 last_layer_received_s=event.last_layer_received_s,
-                cause=self._cause,
             )
         )
         self._place(row, "decoding", row.spec.prompt.tokens)
@@ -339,12 +333,9 @@ class DecodeWorkerCore:
     def _finish(self, row: Row, reason: FinishReason) -> None:
         self._rest.append(
             DecodeFinished(
-                worker_id=self.config.worker_id,
-                request_id=row.request_id,
-                attempt=row.attempt,
+                **self._about(row.request_id, row.attempt),
                 finish_reason=reason,
                 generated=row.generated,
-                cause=self._cause,
             )
         )
         self._free(row)
@@ -399,15 +390,7 @@ class DecodeWorkerCore:
             self._effects.append(ReleaseKv(request_id=row.request_id, attempt=row.attempt))
             self._rest.append(ForgetDecodeKv(request_id=row.request_id))
         if row.failure is not None:
-            self._rest.append(
-                DecodeFailed(
-                    worker_id=self.config.worker_id,
-                    request_id=row.request_id,
-                    attempt=row.attempt,
-                    reason=row.failure,
-                    cause=self._cause,
-                )
-            )
+            self._rest.append(DecodeFailed(**self._about(row.request_id, row.attempt), reason=row.failure))
         self._tell_released(row.request_id, row.attempt, row.spec.kv_tokens if reserved else 0)
         for attempt in sorted(row.asked - {row.attempt}):
             self._tell_released(row.request_id, attempt, 0)
@@ -415,15 +398,10 @@ class DecodeWorkerCore:
             self._admit(row.successor.spec)
 
     def _tell_released(self, request_id: RequestId, attempt: Attempt, kv_tokens: int) -> None:
-        self._rest.append(
-            KvReleased(
-                worker_id=self.config.worker_id,
-                request_id=request_id,
-                attempt=attempt,
-                kv_tokens=kv_tokens,
-                cause=self._cause,
-            )
-        )
+        self._rest.append(KvReleased(**self._about(request_id, attempt), kv_tokens=kv_tokens))
+
+    def _about(self, request_id: RequestId, attempt: Attempt) -> About:
+        return About(worker_id=self.config.worker_id, request_id=request_id, attempt=attempt, cause=self._cause)
 
     # --- books ---
 

@@ -31,6 +31,7 @@ from common.policy.prefill_events import (
     StopPass,
 )
 from common.policy.prefill_jobs import Asker, Job, LongJob, ShortJob, Verdict
+from common.policy.words import About
 from common.units import Attempt, RequestId, RouterId, WorkerId
 
 
@@ -70,6 +71,9 @@ class Outbox:
         )
         self._tokens.setdefault(job.spec.router_id, []).append(chunk)
 
+    def _about(self, request_id: RequestId, attempt: Attempt) -> About:
+        return About(worker_id=self._worker_id, request_id=request_id, attempt=attempt, cause=self.cause)
+
     # --- effects ---
 
     def close_sequence(self, job: Job) -> None:
@@ -104,118 +108,74 @@ class Outbox:
     # --- to the scheduler ---
 
     def prefill_started(self, job: ShortJob, waited_s: float) -> None:
-        self.do(
-            PrefillStarted(
-                worker_id=self._worker_id,
-                request_id=job.request_id,
-                attempt=job.attempt,
-                waited_s=waited_s,
-                cause=self.cause,
-            )
-        )
+        self.do(PrefillStarted(**self._about(job.request_id, job.attempt), waited_s=waited_s))
 
     def prefill_finished(self, job: ShortJob, last_layer_computed_s: float, reason: FinishReason | None) -> None:
         self.do(
             PrefillFinished(
-                worker_id=self._worker_id,
-                request_id=job.request_id,
-                attempt=job.attempt,
+                **self._about(job.request_id, job.attempt),
                 compute_s=job.compute_s,
                 last_layer_computed_s=last_layer_computed_s,
                 finish_reason=reason,
-                cause=self.cause,
             )
         )
 
     def prefill_failed(self, request_id: RequestId, attempt: Attempt, verdict: Verdict) -> None:
         self.do(
             PrefillFailed(
-                worker_id=self._worker_id,
-                request_id=request_id,
-                attempt=attempt,
+                **self._about(request_id, attempt),
                 reason=verdict.reason,
                 retryable=verdict.retryable,
                 suspect_worker_id=verdict.suspect,
-                cause=self.cause,
             )
         )
 
     def kv_released(self, request_id: RequestId, attempt: Attempt, kv_tokens: int = 0) -> None:
-        self.do(
-            KvReleased(
-                worker_id=self._worker_id,
-                request_id=request_id,
-                attempt=attempt,
-                kv_tokens=kv_tokens,
-                cause=self.cause,
-            )
-        )
+        self.do(KvReleased(**self._about(request_id, attempt), kv_tokens=kv_tokens))
 
     # --- to the coordinator ---
 
     def segment_loaded(self, job: LongJob) -> None:
-        self.do(
-            SegmentLoaded(worker_id=self._worker_id, request_id=job.request_id, attempt=job.attempt, cause=self.cause)
-        )
+        self.do(SegmentLoaded(**self._about(job.request_id, job.attempt)))
 
     def segment_running(self, job: LongJob) -> None:
-        self.do(
-            SegmentRunning(worker_id=self._worker_id, request_id=job.request_id, attempt=job.attempt, cause=self.cause)
-        )
+        self.do(SegmentRunning(**self._about(job.request_id, job.attempt)))
 
     def segment_paused(self, job: LongJob) -> None:
         self.do(
             SegmentPaused(
-                worker_id=self._worker_id,
-                request_id=job.request_id,
-                attempt=job.attempt,
+                **self._about(job.request_id, job.attempt),
                 step=job.steps_done,
                 prefilled_tokens=job.prefilled,
                 pause_latency_s=job.last_pause_latency_s,
-                cause=self.cause,
             )
         )
 
     def segment_prefilled(self, job: LongJob, reason: FinishReason | None) -> None:
         self.do(
             SegmentPrefilled(
-                worker_id=self._worker_id,
-                request_id=job.request_id,
-                attempt=job.attempt,
+                **self._about(job.request_id, job.attempt),
                 steps=job.steps_done,
                 compute_s=job.compute_s,
                 finish_reason=reason,
-                cause=self.cause,
             )
         )
 
     def segment_finished(self, job: LongJob, reason: FinishReason) -> None:
         self.do(
             SegmentFinished(
-                worker_id=self._worker_id,
-                request_id=job.request_id,
-                attempt=job.attempt,
+                **self._about(job.request_id, job.attempt),
                 finish_reason=reason,
                 generated=job.generated,
-                cause=self.cause,
             )
         )
 
     def segment_failed(self, request_id: RequestId, attempt: Attempt, verdict: Verdict) -> None:
-        self.do(
-            SegmentFailed(
-                worker_id=self._worker_id,
-                request_id=request_id,
-                attempt=attempt,
-                reason=verdict.reason,
-                retryable=verdict.retryable,
-                cause=self.cause,
-            )
-        )
+        self.do(SegmentFailed(**self._about(request_id, attempt), reason=verdict.reason, retryable=verdict.retryable))
 
     def dropped(self, asker: Asker, request_id: RequestId, attempt: Attempt) -> None:
         """Nothing of this attempt is held (any more): the word that this asker waits for."""
         if asker == "scheduler":
             self.kv_released(request_id, attempt)
             return
-        self.do(SegmentDropped(worker_id=self._worker_id, request_id=request_id, attempt=attempt, cause=self.cause))
+        self.do(SegmentDropped(**self._about(request_id, attempt)))
