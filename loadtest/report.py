@@ -81,7 +81,8 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], notes:
     console = Console()
     if not console.is_terminal:
         console.width = PIPE_COLUMNS
-    shown = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    console.print(f"\n{title}\n", markup=False, highlight=False, soft_wrap=True)
+    shown = Table(box=None, pad_edge=False)
     for number, column in enumerate(head):
         shown.add_column(column, justify="right" if number else "left", no_wrap=True)
     for row in rows:
