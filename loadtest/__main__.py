@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -203,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parse(sys.argv[1:] if argv is None else argv)
     benchmark = BENCHMARKS[flags.command]
     logs.setup("loadtest", level="warning", as_json=False)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the cluster is drained, not orphaned
     try:
         report.check_writable(flags.json)
         figures = benchmark.run(flags)
