@@ -65,7 +65,7 @@ class EndBusRequest(Record, frozen=True, kw_only=True):
     message: str
 
 
-SchedulerEvent = (
+SchedulerHeard = (
     RequestSubmitted
     | CancelRequested
     | RouterHeartbeat
@@ -88,8 +88,9 @@ SchedulerEvent = (
     | GroupPrefillFinished
     | GroupFinished
     | GroupFailed
-    | TimePassed
 )
+"""What others tell it."""
+SchedulerEvent = SchedulerHeard | TimePassed
 
 SchedulerCommand = (
     SaveRequest

@@ -37,7 +37,9 @@ GroupOrder = FormGroup | PauseGroup | ResumeGroup | DissolveGroup
 MemberWord = (
     SegmentLoaded | SegmentRunning | SegmentPaused | SegmentPrefilled | SegmentFinished | SegmentFailed | SegmentDropped
 )
-CoordinatorEvent = GroupOrder | MemberWord | StopAsked | TimePassed
+CoordinatorHeard = GroupOrder | MemberWord
+"""What others tell it."""
+CoordinatorEvent = CoordinatorHeard | StopAsked | TimePassed
 
 MemberOrder = LoadSegment | RunSegment | PauseSegment | DropSegment
 GroupEnding = GroupFinished | GroupFailed

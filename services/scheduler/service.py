@@ -20,47 +20,34 @@ import msgspec
 
 from common.logs import get_logger
 from common.messages.base import Message
-from common.messages.cluster import (
-    CoordinatorHeartbeat,
-    CoordinatorLeft,
-    RouterHeartbeat,
-    RouterLeft,
-    WorkerHeartbeat,
-    WorkerLeft,
-)
-from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, DecodeStarted, ExpectKv
+from common.messages.decode import ExpectKv
 from common.messages.prefill import (
     DropRequest,
-    KvReleased,
-    PrefillFailed,
-    PrefillFinished,
-    PrefillStarted,
     RunPrefill,
 )
 from common.messages.scheduling import (
-    CancelRequested,
     RequestAccepted,
     RequestFailed,
     RequestInterrupted,
     RequestRefused,
-    RequestSubmitted,
 )
 from common.messages.sp import (
     DissolveGroup,
     FormGroup,
-    GroupFailed,
-    GroupFinished,
-    GroupFormed,
-    GroupPaused,
-    GroupPrefillFinished,
-    GroupResumed,
     PauseGroup,
     ResumeGroup,
 )
 from common.messages.views import ClusterView, DescribeCluster, QueryFailed, StoryTold, TellStory
 from common.policy.cluster import SchedulerConfig
 from common.policy.scheduler import Scheduler
-from common.policy.scheduler_io import EndBusRequest, ForgetRequest, SaveRequest, SchedulerCommand, SchedulerEvent
+from common.policy.scheduler_io import (
+    EndBusRequest,
+    ForgetRequest,
+    SaveRequest,
+    SchedulerCommand,
+    SchedulerEvent,
+    SchedulerHeard,
+)
 from common.runtime import keys, subjects
 from common.runtime.bus import Bus, BusError, Delivery
 from common.runtime.lease import Lease
@@ -73,30 +60,6 @@ from common.units import RequestId
 
 log = get_logger(__name__)
 
-Heard = (
-    RequestSubmitted
-    | CancelRequested
-    | RouterHeartbeat
-    | RouterLeft
-    | WorkerHeartbeat
-    | WorkerLeft
-    | PrefillStarted
-    | PrefillFinished
-    | PrefillFailed
-    | KvReleased
-    | DecodeStarted
-    | DecodeFinished
-    | DecodeBusy
-    | DecodeFailed
-    | CoordinatorHeartbeat
-    | CoordinatorLeft
-    | GroupFormed
-    | GroupPaused
-    | GroupResumed
-    | GroupPrefillFinished
-    | GroupFinished
-    | GroupFailed
-)
 Query = DescribeCluster | TellStory
 
 RECORD_TTL_S = 3_600.0
@@ -250,7 +213,7 @@ class SchedulerService:
     async def _receive(self, delivery: Delivery) -> None:
         assert self._shell is not None
         try:
-            self._shell.tell(decode(delivery.data, Heard))
+            self._shell.tell(decode(delivery.data, SchedulerHeard))
         except WireError as error:
             self._counts["refused_messages"] += 1
             log.error("a message was refused", subject=delivery.subject, error=str(error))

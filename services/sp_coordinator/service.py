@@ -8,24 +8,13 @@ import contextlib
 from common.logs import get_logger
 from common.messages.cluster import CoordinatorHeartbeat, CoordinatorLeft
 from common.messages.sp import (
-    DissolveGroup,
     DropSegment,
-    FormGroup,
     LoadSegment,
-    PauseGroup,
     PauseSegment,
-    ResumeGroup,
     RunSegment,
-    SegmentDropped,
-    SegmentFailed,
-    SegmentFinished,
-    SegmentLoaded,
-    SegmentPaused,
-    SegmentPrefilled,
-    SegmentRunning,
 )
 from common.policy.sp_coordinator import SpCoordinator as Core
-from common.policy.sp_io import CoordinatorCommand, CoordinatorEvent, GroupOrder, MemberWord, StopAsked
+from common.policy.sp_io import CoordinatorCommand, CoordinatorEvent, CoordinatorHeard, StopAsked
 from common.runtime import keys, subjects
 from common.runtime.bus import Bus, BusError, Delivery
 from common.runtime.heartbeat import Heartbeat
@@ -38,21 +27,6 @@ from common.settings import CoordinatorSettings
 from common.units import CoordinatorId
 
 log = get_logger(__name__)
-
-Heard = (
-    FormGroup
-    | PauseGroup
-    | ResumeGroup
-    | DissolveGroup
-    | SegmentLoaded
-    | SegmentRunning
-    | SegmentPaused
-    | SegmentPrefilled
-    | SegmentFinished
-    | SegmentFailed
-    | SegmentDropped
-)
-assert set(Heard.__args__) == set(GroupOrder.__args__) | set(MemberWord.__args__)
 
 
 class SpCoordinator:
@@ -126,7 +100,7 @@ class SpCoordinator:
 
     async def _receive(self, delivery: Delivery) -> None:
         try:
-            self._shell.tell(decode(delivery.data, Heard))
+            self._shell.tell(decode(delivery.data, CoordinatorHeard))
         except WireError as error:
             log.error("a message was refused", subject=delivery.subject, error=str(error))
         except MailboxFull as error:
