@@ -53,9 +53,9 @@ class RouterSettings(ModelSettings, frozen=True, kw_only=True):
     port: Annotated[Port, Meta(description="HTTP port; 0: any free one")] = 8000
     served_model_name: Annotated[str, Meta(description="name in the API; empty: the model's own")] = ""
     api_key: Annotated[str, Meta(description="bearer token that clients must send; empty: none asked")] = ""
-    body_bytes_max: Annotated[
-        int, Meta(ge=1, le=2**30, description="largest HTTP body or NATS payload in bytes")
-    ] = 4_194_304
+    body_bytes_max: Annotated[int, Meta(ge=1, le=2**30, description="largest HTTP body or NATS payload in bytes")] = (
+        4_194_304
+    )
     requests_max: Annotated[Count, Meta(description="requests in hand at once; more get 429")] = 2_000
     submit_patience_s: Annotated[Duration, Meta(description="how long to seek a scheduler before 503")] = 8.0
     stall_s: Annotated[Duration, Meta(description="longest silence on a request before it is given up")] = 600.0
