@@ -20,6 +20,7 @@ from common.messages.base import Message
 from common.messages.cluster import StepCost
 from common.messages.sp import GroupFormed, GroupPaused, GroupResumed, PauseGroup, ResumeGroup
 from common.policy.lifecycle import RequestState
+from common.policy.scheduler_io import SchedulerHeard
 from common.runtime import subjects, wire
 from common.runtime.bus import Delivery
 from common.runtime.bus_memory import MemoryBus
@@ -34,7 +35,7 @@ from services.engine.transport import open_data_plane
 from services.prefill_worker.service import PrefillWorker
 from services.router.model_text import ModelText
 from services.router.service import Router
-from services.scheduler.service import Heard, SchedulerService
+from services.scheduler.service import SchedulerService
 from tests.cluster.world import Answer, Cluster, Gate, Node, Words
 
 T = TypeVar("T", bound=Message)
@@ -155,7 +156,7 @@ class TorchCluster(Cluster):
         """From here on, keep what the scheduler is told."""
 
         async def hear(delivery: Delivery) -> None:
-            self.heard.append(wire.decode(delivery.data, Heard))
+            self.heard.append(wire.decode(delivery.data, SchedulerHeard))
 
         await MemoryBus(self.broker, "listener").subscribe(subjects.SCHEDULER, hear)
 
@@ -190,7 +191,7 @@ class Pauser:
                 await self._bus.publish(subjects.COORDINATOR, wire.encode(order))
 
     async def _hear(self, delivery: Delivery) -> None:
-        match wire.decode(delivery.data, Heard):
+        match wire.decode(delivery.data, SchedulerHeard):
             case GroupFormed() | GroupResumed() as event:
                 self._later(PauseGroup, event, self._run_s)
             case GroupPaused() as event:
