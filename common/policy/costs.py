@@ -11,7 +11,7 @@ import math
 
 from common.messages.cluster import StepCost
 
-CHUNK_GRAIN_TOKENS = 64
+CHUNK_GRAIN_TOKENS = 32
 """Chunks are multiples of this: matmuls like round sizes."""
 
 

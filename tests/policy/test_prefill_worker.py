@@ -20,6 +20,7 @@ from common.messages.sp import (
     SegmentRunning,
 )
 from common.policy.core import InvariantViolated
+from common.policy.costs import CHUNK_GRAIN_TOKENS
 from common.policy.prefill_events import PassFinished, StopPass
 from common.policy.prefill_jobs import LONG_TRANSITIONS, SHORT_TRANSITIONS
 from common.policy.prefill_worker import PrefillWorkerCore
@@ -295,7 +296,7 @@ def test_chunks_shrink_as_the_past_grows_so_that_steps_stay_short():
     for chunk in chunks:
         step_s = (1e-4 * chunk.tokens + 1e-6 * chunk.tokens * (chunk.start + chunk.tokens / 2)) / LAYERS
         assert step_s <= 0.03
-    assert all(chunk.tokens % 64 == 0 for chunk in chunks[:-1])
+    assert all(chunk.tokens % CHUNK_GRAIN_TOKENS == 0 for chunk in chunks[:-1])
 
 
 def test_a_running_long_holds_back_shorts_until_it_is_paused_and_goes_on_where_it_stood():
