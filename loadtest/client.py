@@ -219,7 +219,8 @@ class Client:
         connection = await self._connection()
         exchange = connection.begin(head, body, stream=stream)
         try:
-            await asyncio.wait_for(exchange.ended, self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                await exchange.ended
         except TimeoutError:
             connection.close()
             raise ClientError(f"no whole answer within {self._timeout_s:g} s") from None

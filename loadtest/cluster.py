@@ -110,11 +110,13 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
         process.terminate()
     try:
         with suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), STOP_S)
+            async with asyncio.timeout(STOP_S):
+                await process.wait()
     finally:
         if process.returncode is None:
             process.kill()
-            await asyncio.wait_for(process.wait(), KILL_S)
+            async with asyncio.timeout(KILL_S):
+                await process.wait()
 
 
 async def view_of(client: Client) -> ClusterView:

@@ -103,7 +103,8 @@ async def _from_nats(bus: Bus, body: dict[str, Any], timeout_s: float) -> AsyncI
     try:
         await bus.publish(subjects.GENERATE, msgspec.json.encode(body), reply=inbox)
         while True:
-            delivery = await asyncio.wait_for(answers.get(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                delivery = await answers.get()
             answer = _answer(delivery)
             yield answer.get("text") or ""
             if answer.get("done"):

@@ -132,11 +132,11 @@ class Children:
         with suppress(ProcessLookupError):
             child.process.terminate()
         try:
-            await asyncio.wait_for(child.process.wait(), 0.0 if self._in_a_hurry else grace_s)
+            async with asyncio.timeout(0.0 if self._in_a_hurry else grace_s):
+                await child.process.wait()
             return True
         except TimeoutError:
-            _kill(child.process)
-            await asyncio.wait_for(child.process.wait(), REAP_S)
+            await _kill_and_reap(child.process)
             return False
 
     async def _watch(self, child: _Child) -> None:
@@ -149,7 +149,8 @@ class Children:
                 self._give_up(f"{child.spec.name} crashed more than {self._restarts_max} times within a minute")
                 return
             with suppress(TimeoutError):
-                await asyncio.wait_for(child.stopping.wait(), delay_s)
+                async with asyncio.timeout(delay_s):
+                    await child.stopping.wait()
             if child.stopping.is_set():
                 return
             try:
@@ -188,8 +189,7 @@ class Children:
         self.hurry()
         await self._tasks.__aexit__(kind, error, trace)
         for child in self._children.values():
-            _kill(child.process)
-            await asyncio.wait_for(child.process.wait(), REAP_S)
+            await _kill_and_reap(child.process)
 
 
 def describe_status(status: int) -> str:
@@ -224,6 +224,12 @@ async def _spawn(spec: ChildSpec) -> asyncio.subprocess.Process:
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
         )
+
+
+async def _kill_and_reap(process: asyncio.subprocess.Process) -> None:
+    _kill(process)
+    async with asyncio.timeout(REAP_S):
+        await process.wait()
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:

@@ -164,7 +164,8 @@ class _MemorySubscription:
         """Receive nothing new, handle what waits (for at most `timeout_s`), end."""
         self._leave()
         try:
-            await asyncio.wait_for(self._inbox.join(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._inbox.join()
         except TimeoutError:
             log.warning("messages unhandled at close", bus=self.bus.name, subject=self.pattern)
         await self._end()
@@ -247,7 +248,8 @@ class MemoryBus:
         try:
             if not self._publish(subject, data, inbox, headers):
                 raise NoResponders(f"nobody serves {subject}")
-            return await asyncio.wait_for(answer, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await answer
         except TimeoutError:
             raise BusTimeout(f"no answer on {subject} within {timeout_s} s") from None
         finally:

@@ -22,6 +22,7 @@ class Heartbeat:
             self._asked.clear()
             await self._beat()
             try:
-                await asyncio.wait_for(self._asked.wait(), self._every_s)
+                async with asyncio.timeout(self._every_s):
+                    await self._asked.wait()
             except TimeoutError:
                 continue

@@ -117,7 +117,8 @@ class Router:
         self._empty.clear()
         if self._tickets:
             try:
-                await asyncio.wait_for(self._empty.wait(), self.settings.drain_s)
+                async with asyncio.timeout(self.settings.drain_s):
+                    await self._empty.wait()
             except TimeoutError:
                 log.warning("stopping with requests in hand", requests=len(self._tickets))
         error = ApiError(503, "shutting_down", "this router stops; try again elsewhere or later")
@@ -356,7 +357,8 @@ class Router:
             deadline_s = self._desk.next_deadline_s()
             try:
                 wait_s = None if deadline_s is None else max(0.0, deadline_s - self._now_s())
-                await asyncio.wait_for(self._timer_changed.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._timer_changed.wait()
             except TimeoutError:
                 await self._perform(self._desk.time_passed(self._now_s()))
 

@@ -122,7 +122,8 @@ class RequestRecords:
     async def _commit(self) -> None:
         batch = dict(self._unwritten)
         try:
-            await asyncio.wait_for(self._store.commit(list(batch.values())), WRITE_S)
+            async with asyncio.timeout(WRITE_S):
+                await self._store.commit(list(batch.values()))
         except (StoreError, TimeoutError) as error:
             self.errors += 1
             self._rest_until_s = asyncio.get_running_loop().time() + STORE_REST_S

@@ -96,7 +96,8 @@ class SpCoordinator:
         self._undriven.clear()
         if self.core.driving():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._undriven.wait(), 2 * self._settings.answer_s)
+                async with asyncio.timeout(2 * self._settings.answer_s):
+                    await self._undriven.wait()
 
     async def _receive(self, delivery: Delivery) -> None:
         try:

@@ -153,7 +153,8 @@ class WorkerShell(Generic[EventT, CommandT]):
         if self._core.idle:
             return
         try:
-            await asyncio.wait_for(self._empty.wait(), self._settings.drain_s)
+            async with asyncio.timeout(self._settings.drain_s):
+                await self._empty.wait()
         except TimeoutError:
             log.warning("stopping with requests in hand", requests=len(self._core.holdings()))
 

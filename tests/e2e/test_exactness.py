@@ -53,7 +53,8 @@ async def serve_and_compare(
         for prompt, tokens in zip(asked, expected, strict=True):
             c.ask(prompt, tokens)
             await asyncio.sleep(c.rng.uniform(0.0, run_s))
-        await c.until(lambda: all(answer.ended for answer in c.answers), within_s)
+        await c.until(lambda: c.crashed or all(answer.ended for answer in c.answers), within_s)
+        assert not c.crashed
         pausing.cancel()
         assert [answer.tokens for answer in c.answers] == expected
         assert [answer.error for answer in c.answers] == [None] * PROMPTS
