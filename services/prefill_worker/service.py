@@ -166,10 +166,13 @@ class PrefillWorker:
             case CloseSequence(request_id=request_id):
                 self._engine.close(request_id)
                 self._handoffs.pop(request_id, None)
-            case FinishHandoff():
-                self._shell.spawn(self._finish_handoff(command), name=f"handoff {command.request_id}")
-            case AbortHandoff():
-                self._shell.spawn(self._abort_handoff(command), name=f"abort {command.request_id}")
+            case FinishHandoff(request_id=request_id):
+                finishing = self._finish_handoff(command, self._handoffs[request_id])
+                self._shell.spawn(finishing, name=f"handoff {request_id}")
+            case AbortHandoff(request_id=request_id):
+                # The end of the stream may be in the mailbox already: then the sequence is closed before this runs.
+                aborting = self._abort_handoff(command, self._handoffs[request_id])
+                self._shell.spawn(aborting, name=f"abort {request_id}")
             case PlaceKv(location=location):
                 self._shell.keep_location(location)
             case ForgetKv(request_id=request_id):
@@ -273,11 +276,11 @@ class PrefillWorker:
 
     # --- handoffs ---
 
-    async def _finish_handoff(self, command: FinishHandoff) -> None:
+    async def _finish_handoff(self, command: FinishHandoff, handoff: Handoff) -> None:
         trailer = KvTrailer(first_token=command.first_token, first_logprob=command.first_logprob)
         request_id, attempt = command.request_id, command.attempt
         try:
-            await self._handoffs[request_id].finish(trailer)
+            await handoff.finish(trailer)
         except TransferFailed as error:
             log.warning("a handoff failed", request_id=request_id, attempt=attempt, error=str(error))
             lost = isinstance(error, PeerLost)
@@ -286,8 +289,7 @@ class PrefillWorker:
             return
         self._shell.tell(HandoffFinished(request_id=request_id, attempt=attempt))
 
-    async def _abort_handoff(self, command: AbortHandoff) -> None:
-        handoff = self._handoffs[command.request_id]
+    async def _abort_handoff(self, command: AbortHandoff, handoff: Handoff) -> None:
         finishing = handoff.finishing
         await handoff.abort()
         if not finishing:  # else whoever finishes it hears of the abort, and tells
