@@ -24,7 +24,7 @@ from common.policy.scheduler_io import SchedulerHeard
 from common.runtime import subjects, wire
 from common.runtime.bus import Delivery
 from common.runtime.bus_memory import MemoryBus
-from common.settings import DecodeWorkerSettings, DtypeName, PrefillWorkerSettings, RouterSettings
+from common.settings import CoordinatorSettings, DecodeWorkerSettings, DtypeName, PrefillWorkerSettings, RouterSettings
 from common.units import RequestId
 from services.decode_worker.service import DecodeWorker
 from services.engine.interface import PassResult, Sampled, Segment
@@ -36,9 +36,12 @@ from services.prefill_worker.service import PrefillWorker
 from services.router.model_text import ModelText
 from services.router.service import Router
 from services.scheduler.service import SchedulerService
+from services.sp_coordinator.service import SpCoordinator
 from tests.cluster.world import Answer, Cluster, Gate, Node, Words
 
 T = TypeVar("T", bound=Message)
+BOUND_S = 60.0
+"""Of leases, transfers and answers: whoever shares this machine's cores, nobody here is given up for being slow."""
 
 
 @dataclass(eq=False)
@@ -100,7 +103,7 @@ class TorchCluster(Cluster):
     def __init__(
         self, folder: Path, *, dtype: DtypeName = "float32", chunk_tokens: int = 64, prefill: int = 2, **options: Any
     ) -> None:
-        super().__init__(prefill=prefill, **options)
+        super().__init__(prefill=prefill, lease_s=BOUND_S, **options)
         self.rng = random.Random(options.get("seed", 0))
         self.model = load_model(folder, dtype=dtype, device="cpu")
         self.heard: list[Message] = []
@@ -118,18 +121,22 @@ class TorchCluster(Cluster):
     def decoder(self) -> WatchedDecode:
         return cast(WatchedDecode, self.nodes["d0"].engine)
 
+    def _make_coordinator(self, bus: MemoryBus, gate: Gate, node: Node) -> SpCoordinator:
+        settings = CoordinatorSettings(answer_s=BOUND_S, lease_s=BOUND_S)
+        return SpCoordinator(settings, bus, cast(Any, gate), incarnation=f"start-{self._starts}")
+
     def _make_prefill(self, bus: MemoryBus, gate: Gate, node: Node) -> PrefillWorker:
         engine = WatchedPrefill(self.model, self._step_cost, kv_capacity_tokens=8_192, long_nice=0)
         node.engine = cast(Any, engine)
-        settings = PrefillWorkerSettings(worker_id=node.name, chunk_tokens=self._chunk_tokens)
-        return PrefillWorker(settings, bus, cast(Any, gate), engine, open_data_plane(secret="s"))
+        settings = PrefillWorkerSettings(worker_id=node.name, chunk_tokens=self._chunk_tokens, lease_s=BOUND_S)
+        return PrefillWorker(settings, bus, cast(Any, gate), engine, open_data_plane(secret="s", transfer_s=BOUND_S))
 
     def _make_decode(self, bus: MemoryBus, gate: Gate, node: Node) -> DecodeWorker:
         cost = msgspec.structs.replace(self._step_cost, pair_s=0.0)
         engine = WatchedDecode(self._decode_model, kv_capacity_tokens=8_192, rows_max=16, step_cost=cost)
         node.engine = cast(Any, engine)
-        settings = DecodeWorkerSettings(worker_id=node.name)
-        return DecodeWorker(settings, bus, cast(Any, gate), engine, open_data_plane(secret="s"))
+        settings = DecodeWorkerSettings(worker_id=node.name, lease_s=BOUND_S)
+        return DecodeWorker(settings, bus, cast(Any, gate), engine, open_data_plane(secret="s", transfer_s=BOUND_S))
 
     def _make_router(self, bus: MemoryBus, gate: Gate, node: Node) -> Router:
         words = Words()
