@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
-import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from common.messages.views import ClusterView
 from common.model_files import EMBEDDED, model_folder
@@ -89,8 +88,15 @@ class Served:
         self.asked.append(question)
         return question
 
-    def kill(self, role: str) -> None:
-        os.kill(self.running.pids()[role], signal.SIGKILL)
+    def kill(self, role: str) -> bool:
+        """Whatever runs under this name now. False: nothing does, it is just being restarted."""
+        killed = False
+        for child in psutil.Process(self.running.process.pid).children():
+            with suppress(psutil.Error):
+                if role in (child.environ().get("PECSCHED_WORKER_ID"), child.cmdline()[-1], child.name()[: len(role)]):
+                    child.kill()
+                    killed = True
+        return killed
 
     async def leave(self, question: Question) -> None:
         """The client closes its connection."""

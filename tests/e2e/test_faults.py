@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 
 import pytest
 
@@ -56,7 +57,7 @@ async def test_a_killed_process_costs_time_and_nothing_else(running, role):
     async with clients(running) as served:
         questions = await under_load(served)
         fault_s = asyncio.get_running_loop().time()
-        served.kill(role)
+        assert served.kill(role)
         await check_after(served, fault_s, questions)
         assert [question.error for question in questions] == [""] * len(questions)
         await check_serves_again(served)
@@ -66,7 +67,7 @@ async def test_clients_of_a_killed_router_see_it_at_once_and_what_ran_for_them_e
     async with clients(running) as served:
         questions = await under_load(served)
         fault_s = asyncio.get_running_loop().time()
-        served.kill("router")
+        assert served.kill("router")
         await check_after(served, fault_s, questions)
         assert all(question.error for question in questions)
         running.until("router runs again")
@@ -103,3 +104,28 @@ async def test_ten_longs_whose_clients_left_do_not_hold_up_a_short(running):
         assert not any(request.length_class == "long" for request in view.requests)
         assert view.counters.get("pauses", 0) == 0, "a cancelled long was still there to be paused"
         await served.settled()
+
+
+@pytest.mark.skipif("not config.getoption('--nightly')", reason="two minutes each")
+@pytest.mark.parametrize("seed", range(4))
+async def test_random_kills_under_random_load(tmp_path, seed):
+    """Also of two at once, and of what is just coming back. No client hangs, and none gets a wrong token."""
+    rng = random.Random(seed)
+    roles = ["prefill-0", "prefill-1", "decode-0", "scheduler", "sp-coordinator", "nats", "redis"]
+    with serving(tmp_path, "--restarts-max", "100") as running:
+        async with clients(running) as served:
+            loop, kills = asyncio.get_running_loop(), 0
+            end_s, kill_s = loop.time() + 90.0, loop.time() + 2.0
+            while loop.time() < end_s:
+                served.ask(rng.choice([20, 60, 150, 300] * 5 + [LONG, VERY_LONG]), rng.randint(1, 40))
+                if rng.random() < 0.1:
+                    await served.leave(rng.choice(served.asked))
+                if loop.time() > kill_s:
+                    kill_s = loop.time() + rng.choice([0.1, 0.5, 5.0, 6.0, 7.0, 8.0])
+                    kills += served.kill(rng.choice(roles))
+                await asyncio.sleep(rng.expovariate(3.0))
+            await served.ended(served.asked, 2 * HANG_S)
+            for question in served.asked:
+                question.check()
+            assert kills > 5
+            await served.settled()

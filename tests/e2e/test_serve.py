@@ -2,7 +2,6 @@
 cost model's speed, so that these tests are about the processes, not the arithmetic."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -71,19 +70,6 @@ def test_what_runs_is_printed_asked_seen_and_drained(serve, env):
     assert (status, err) == (0, "")
     assert not any(psutil.pid_exists(pid) for pid in serve.pids().values())
     assert not any("killed" in line for line in serve.lines), serve.lines
-
-
-@pytest.mark.parametrize("role", ["prefill-0", "decode-0", "scheduler", "sp-coordinator", "router", "nats", "redis"])
-def test_a_killed_role_comes_back_and_requests_are_served_again(serve, role):
-    chat(serve).raise_for_status()
-    os.kill(serve.pids()[role], signal.SIGKILL)
-    serve.until(f"{role} runs again")
-    # The router itself takes a moment to listen again; all the other roles it waits for on the client's behalf.
-    transport = httpx.HTTPTransport(retries=8)
-    with httpx.Client(transport=transport, timeout=PATIENCE_S, trust_env=False) as client:
-        answer = client.post(f"{serve.address('router')}/v1/chat/completions", json=CHAT)
-    assert answer.status_code == 200, answer.text
-    assert answer.json()["usage"]["completion_tokens"] == CHAT["max_tokens"]
 
 
 def test_running_requests_finish_while_it_drains(serve):
