@@ -96,8 +96,10 @@ def _least_queued(cluster: Cluster, config: SchedulerConfig, request: Request) -
 def _by_pausing(
     cluster: Cluster, config: SchedulerConfig, request: Request, free_wait_s: float, now_s: float
 ) -> Place | NoPlace:
-    """Rule 3: a replica whose long is paused already and may stay so long enough, else one to pause."""
+    """Rule 3: a replica whose long is paused already, if the short starts soon there; else one more to pause,
+    so that what waits is spread over the replicas; else behind the others on a paused one."""
     bounds = bounds_of(config)
+    paused: Replica | None = None
     to_pause: Replica | None = None
     retry_s: float | None = None
     for worker_id in cluster.prefilling.least():
@@ -109,14 +111,17 @@ def _by_pausing(
             continue
         needed_s = _wait_s(replica, config) + _run_s(replica, request)
         if long.state in (RequestState.PAUSED, RequestState.PAUSING):
-            if needed_s <= long.pauses.pause_left_s(now_s, bounds) and _wait_s(replica, config) < free_wait_s:
-                return Place(replica, "paused")
+            stays_s = long.pauses.pause_left_s(now_s, bounds)
+            if paused is None and needed_s <= stays_s and _wait_s(replica, config) < free_wait_s:
+                paused = replica
         elif long.state is RequestState.RUNNING and to_pause is None:
             pausable_s = long.pauses.pausable_from_s(now_s, needed_s, bounds)
             if pausable_s is not None and pausable_s <= now_s:
                 to_pause = replica
             elif pausable_s is not None:
                 retry_s = pausable_s if retry_s is None else min(retry_s, pausable_s)
+    if paused and (to_pause is None or _wait_s(paused, config) <= config.wait_instead_of_pause_s):
+        return Place(paused, "paused")
     return Place(to_pause, "pause") if to_pause else NoPlace(retry_s)
 
 

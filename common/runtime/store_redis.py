@@ -96,10 +96,13 @@ class RedisStore:
             return
 
         async def once() -> None:
+            if len(writes) == 1:  # one command is a transaction by itself, and half the work on both sides
+                await _issue(self._client, writes[0])
+                return
             # Left on any error: the connection is dropped with it, and nothing half-sent stays behind.
             async with self._client.pipeline(transaction=True) as pipeline:
                 for write in writes:
-                    _queue(pipeline, write)
+                    _issue(pipeline, write)
                 await pipeline.execute()
 
         await self._patiently(once)
@@ -164,14 +167,15 @@ class RedisStore:
             wait_s = min(2 * wait_s, longest_s)
 
 
-def _queue(pipeline: Any, write: Write) -> None:
+def _issue(client: Any, write: Write) -> Any:
+    """On a client: to be awaited; on a pipeline: queued."""
     match write:
         case Put(key=key, value=value, ttl_s=ttl_s):
-            pipeline.set(key, value, px=None if ttl_s is None else _ms(ttl_s))
+            return client.set(key, value, px=None if ttl_s is None else _ms(ttl_s))
         case Delete(key=key):
-            pipeline.delete(key)
+            return client.delete(key)
         case Touch(key=key, ttl_s=ttl_s):
-            pipeline.pexpire(key, _ms(ttl_s))
+            return client.pexpire(key, _ms(ttl_s))
 
 
 def _ms(duration_s: float) -> int:
