@@ -46,6 +46,9 @@ class PrefillFinished(Message, frozen=True, kw_only=True):
     last_layer_computed_s: Seconds
     """Host's monotonic clock when the last layer's KV was computed; compare with
     `DecodeStarted.first_layer_received_s` on the same host."""
+    in_worker_s: Seconds = 0.0
+    """From receipt of the order to this word: queueing, opening the KV, computing, waking threads. (To the
+    resolution of the loop's clock, about a millisecond.)"""
     finish_reason: FinishReason | None = None
     """Set when the first token was also the last: there is no handoff."""
 

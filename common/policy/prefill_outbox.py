@@ -110,12 +110,15 @@ class Outbox:
     def prefill_started(self, job: ShortJob, waited_s: float) -> None:
         self.do(PrefillStarted(**self._about(job.request_id, job.attempt), waited_s=waited_s))
 
-    def prefill_finished(self, job: ShortJob, last_layer_computed_s: float, reason: FinishReason | None) -> None:
+    def prefill_finished(
+        self, job: ShortJob, last_layer_computed_s: float, in_worker_s: float, reason: FinishReason | None
+    ) -> None:
         self.do(
             PrefillFinished(
                 **self._about(job.request_id, job.attempt),
                 compute_s=job.compute_s,
                 last_layer_computed_s=last_layer_computed_s,
+                in_worker_s=in_worker_s,
                 finish_reason=reason,
             )
         )

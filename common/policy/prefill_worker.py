@@ -267,7 +267,8 @@ class PrefillWorkerCore:
         else:
             reason = finish_reason(job.spec, token.token_id, generated=1)
             self.books.out.token(job, token, 1, reason)
-            self.books.out.prefill_finished(job, last_layer_computed_s, reason)
+            in_worker_s = self.books.now_s - job.received_s
+            self.books.out.prefill_finished(job, last_layer_computed_s, in_worker_s, reason)
             if reason is not None:
                 self.books.end(job, Verdict("finished", reason))
                 return

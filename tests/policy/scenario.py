@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from common.messages.cluster import (
     CoordinatorHeartbeat,
+    Holding,
     RouterHeartbeat,
     RouterLeft,
     StepCost,
@@ -89,7 +90,13 @@ def parse_event(verb: str, args: list[str], options: dict[str, str]) -> Schedule
     match verb:
         case "worker":
             role, kv = options.get("role", "prefill"), int(options.get("kv", "32768"))
-            return WorkerHeartbeat(profile=profile(name, role, kv=kv, incarnation=options.get("incarnation", "1")))
+            holdings = tuple(
+                Holding(request_id=r, attempt=attempt, phase="expected", kv_tokens=256)
+                for r in options.get("holds", "").split(",")
+                if r
+            )
+            me = profile(name, role, kv=kv, incarnation=options.get("incarnation", "1"))
+            return WorkerHeartbeat(profile=me, holdings=holdings)
         case "left":
             return WorkerLeft(worker_id=name, incarnation="1")
         case "router":
