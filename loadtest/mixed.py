@@ -3,14 +3,18 @@
 One run measures, on clusters that it starts itself:
 
 1. *Capacity of shorts* c, closed loop: twice as many clients at each level, until a level adds less than 5 %.
-2. *A long alone* L: mean time to the last token of a shortest and a longest one on the idle cluster.
-3. *Shorts alone* at 0.4·c, policy pecsched.
-4. *Mixed*, policy fifo: the same shorts at the same times, and longs.
-5. *Mixed*, policy pecsched: the very same arrivals as in 4.
+2. *A short's load*: how busy the cores are with shorts in an open loop at 0.4·c.
+3. *A long's work* W: core-seconds of a shortest and a longest one on the otherwise idle cluster, mean.
+4. *Shorts alone*, policy pecsched.
+5. *Mixed*, policy fifo: the same shorts at the same times, and longs.
+6. *Mixed*, policy pecsched: the very same arrivals as in 5.
 
-The rate of longs: shorts keep 40 % of the machine busy, longs are to take 30 % more. While a long is served it
-keeps one prefill worker busy, and P = min(prefill workers, cores) of those fit on the machine; so
-0.3·P/L longs per second. (L includes its decoding, which shares steps with shorts: a little less than 70 %.)
+The rates: shorts at 40 % of their capacity, longs added until the machine is about 70 % busy. A closed loop of
+many clients decodes in large batches, at a fraction of the work per request of an open loop at 40 % of its
+rate (seen: 78 % of all cores busy at 0.4·c); so shorts come at 0.4·c or at the rate that keeps 40 % of the
+cores busy, whichever is less. With busy share b of the cores then, longs come at (0.7 - b)·cores/W per second,
+and never faster than would keep 30 % of P = min(prefill workers, cores) workers occupied, 0.3·P/L with L the
+time of a long alone (which is what bounds them where the engine does not compute on the cores).
 
 Latencies count from the intended arrival (see runner.py). TTFT ends with the first token's event at the
 client, JCT with the last token's. `pauses` is the difference of the scheduler's own counter; pause
@@ -43,7 +47,11 @@ from loadtest.stats import mean, percentiles, ratio
 from loadtest.workload import LONG_TOKENS, OUTPUT_TOKENS, SHORT_TOKENS, Ask, Schedule, even_asks, make_schedule
 
 SHORT_SHARE = 0.4
-LONG_SHARE = 0.3
+BUSY_SHARE = 0.7
+PROBES = 2
+"""Open-loop looks at how busy shorts keep the cores: the second corrects the first."""
+PROBE_S = 25.0
+LEVEL_S = 7.0
 FLAT = 1.05
 """A level of concurrency that is not this much better than the one before is the last."""
 LEVELS = (4, 8, 16, 32)
@@ -56,7 +64,7 @@ class MixedOptions:
     seed: int = 0
     shorts: int = 200
     longs: int = 8
-    capacity_level_s: float = 7.0
+    capacity_level_s: float = LEVEL_S
     short_rps: float | None = None
     """None: 0.4 of the measured capacity."""
     long_rps: float | None = None
@@ -75,7 +83,10 @@ class Rates:
 
     short_capacity_rps: float | None = None
     levels_rps: dict[int, float] = field(default_factory=dict)
+    short_busy: float | None = None
+    """Share of all cores that shorts alone keep busy at `short_rps`."""
     long_alone_s: float | None = None
+    long_work_core_s: float | None = None
     slots: int | None = None
     short_rps: float = 0.0
     long_rps: float = 0.0
@@ -212,15 +223,44 @@ class Bench:
         if not best:
             raise MeasurementFailed("no short was served while the capacity was measured: --capacity-level-s is short")
         self.rates.short_capacity_rps = best
-        return SHORT_SHARE * best
+        rps = SHORT_SHARE * best
+        for number in range(PROBES):
+            busy = await self._short_busy(client, rps, number)
+            if busy <= SHORT_SHARE:
+                break
+            rps, busy = rps * SHORT_SHARE / busy, SHORT_SHARE
+        self.rates.short_busy = busy
+        return rps
+
+    async def _short_busy(self, client: Client, rps: float, number: int) -> float:
+        """Share of all cores busy while shorts alone arrive at this rate."""
+        low, high = self.options.short_tokens
+        schedule = make_schedule(
+            self.options.seed + number + 1,
+            short_rps=rps,
+            long_rps=0.0,
+            shorts_min=max(1, round(rps * PROBE_S * self.options.capacity_level_s / LEVEL_S)),
+            longs_min=0,
+            short_tokens=(low, high),
+            long_tokens=self.options.long_tokens,
+        )
+        with self._bars.counting("a short's load", len(schedule.arrivals)) as step, _busy() as busy:
+            _require_whole("a short's load", await run_open_loop(client, schedule, step))
+        return busy.machine
 
     async def _find_long_rps(self, client: Client, slots: int) -> float:
         asks = self._asks("long alone", "long")
-        with self._bars.counting("a long alone", 2) as step:
+        begun_s = time.monotonic()
+        with self._bars.counting("a long alone", 2) as step, _busy() as busy:
             alone = await run_in_turn(client, [next(asks), next(asks)], step)
+        took_s = time.monotonic() - begun_s
         _require_whole("a long alone", alone)
+        cores = psutil.cpu_count() or 1
         self.rates.long_alone_s = math.fsum(sample.jct_s for sample in alone.samples) / len(alone.samples)
-        return LONG_SHARE * slots / self.rates.long_alone_s
+        self.rates.long_work_core_s = busy.machine * cores * took_s / len(alone.samples)
+        short_busy = SHORT_SHARE if self.rates.short_busy is None else self.rates.short_busy
+        by_work = max(0.01, BUSY_SHARE - short_busy) * cores / max(1e-3, self.rates.long_work_core_s)
+        return min(by_work, (BUSY_SHARE - SHORT_SHARE) * slots / self.rates.long_alone_s)
 
     async def measure(self, title: str, place: Place, client: Client, schedule: Schedule) -> Setting:
         """One setting, from an idle cluster to its last answer."""
@@ -294,9 +334,11 @@ def _run_facts(
         "short_capacity_rps": rates.short_capacity_rps,
         "capacity_levels_rps": {str(level): rps for level, rps in rates.levels_rps.items()},
         "short_rate_rps": rates.short_rps,
+        "short_busy": rates.short_busy,
         "long_alone_s": rates.long_alone_s,
-        "long_rate_rps": rates.long_rps,
+        "long_work_core_s": rates.long_work_core_s,
         "long_slots": rates.slots,
+        "long_rate_rps": rates.long_rps,
         "schedule_s": bench.schedule.duration_s,
         "shorts": bench.schedule.count("short"),
         "longs": bench.schedule.count("long"),

@@ -42,13 +42,19 @@ def show(figures: Mapping[str, Any]) -> None:
 
 def _notes(figures: Mapping[str, Any]) -> list[str]:
     run = figures["run"]
-    capacity, alone = run["short_capacity_rps"], run["long_alone_s"]
+    capacity, work = run["short_capacity_rps"], run["long_work_core_s"]
     notes = [
         "",
         f"shorts: {run['short_rate_rps']:.2f}/s"
-        + (f", 40 % of a capacity of {capacity:.2f}/s" if capacity is not None else ", as told"),
+        + (
+            f"; capacity, closed loop: {capacity:.2f}/s; cores busy with shorts alone: {run['short_busy']:.0%}"
+            if capacity is not None
+            else ", as told"
+        ),
         f"longs: {run['long_rate_rps']:.4f}/s"
-        + (f", 30 % of {run['long_slots']} x 1/{alone:.2f} s (a long alone)" if alone is not None else ", as told"),
+        + (
+            f"; a long alone: {run['long_alone_s']:.1f} s, {work:.1f} core-seconds" if work is not None else ", as told"
+        ),
     ]
     if figures["shorts_only"] and figures["pecsched"] and figures["fifo"]:
         notes += [
