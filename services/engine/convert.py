@@ -129,6 +129,8 @@ def _ensure_downloaded(model: str) -> None:
     """Raises: StartupError with the hub's reason in one line."""
     from huggingface_hub import snapshot_download
 
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise StartupError(f"there is no folder {model!r}; pass --model a folder, a hub id (owner/name) or 'embedded'")
     folder = hub_folder(model)
     if folder is not None and not missing_weights(folder):
         return

@@ -99,3 +99,10 @@ def test_unknown_model_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert, "hub_folder", lambda model: None)
     with pytest.raises(StartupError, match=r"nobody/nothing.*no route to the hub"):
         ensure_model("nobody/nothing", "")
+
+
+@pytest.mark.parametrize("path", ["/no/such/model", "./model", "~/model", "a/b/c"])
+def test_a_path_that_is_not_there_is_never_asked_of_the_hub(path: str, tmp_path: Path, capsys):
+    with pytest.raises(StartupError, match="there is no folder"):
+        ensure_model(path, str(tmp_path))
+    assert "fetching" not in capsys.readouterr().err
