@@ -171,6 +171,9 @@ class NatsBus:
         if self._client.is_reconnecting:
             raise BusTimeout("disconnected from NATS; nothing can be flushed")
         async with _as_bus_errors("flush"):
+            # Twice: the client writes a PING straight to the socket, ahead of what waits for its flusher task.
+            # The first round trip lets the flusher run; the second PING is then behind all that was said before.
+            await self._client.flush(timeout=timeout_s)
             await self._client.flush(timeout=timeout_s)
 
     async def close(self) -> None:

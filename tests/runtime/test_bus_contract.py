@@ -338,6 +338,7 @@ async def test_after_an_outage_the_buffered_messages_arrive_and_subscriptions_li
     await speaker.publish("news", b"said after")
     await received.count(1)
     await eventually(lambda: b"said after" in received.data)
+    await alone.count(2)
     assert alone.data == [b"said meanwhile", b"said after"]
 
 
