@@ -14,7 +14,10 @@ class RunPrefill(Message, frozen=True, kw_only=True):
     worker_id: WorkerId
     spec: RequestSpec
     decode_worker_id: WorkerId
+    """The same as `worker_id`: decode where it prefills (no disaggregation)."""
     decode_address: str
+    exclusive: bool = False
+    """Share no step with a long that decodes here: it waits (no colocation)."""
 
 
 class DropRequest(Message, frozen=True, kw_only=True):

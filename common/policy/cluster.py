@@ -15,8 +15,8 @@ from common.messages.base import Record
 from common.messages.cluster import WorkerProfile, WorkerRole
 from common.messages.requests import LengthClass, RequestSpec
 from common.policy.core import InvariantViolated
-from common.policy.lifecycle import PREFILLING_LONG, RequestState
-from common.policy.load_index import LoadIndex
+from common.policy.lifecycle import PREFILLING_LONG, STANDING_LONG, RequestState
+from common.policy.load_index import LoadIndex, NodeIndex
 from common.policy.preemption import PauseAccount
 from common.units import Attempt, RequestId, WorkerId
 
@@ -40,6 +40,14 @@ class SchedulerConfig(Record, frozen=True, kw_only=True):
     wait_instead_of_pause_s: float = 0.05
     colocated_tokens_max: int = 192
     batch_tokens_max: int = 1_024
+    preemption: bool = True
+    disaggregation: bool = True
+    colocation: bool = True
+    long_order: str = "remaining"
+    long_aging: float = 0.5
+    group_max: int = 1
+    shorts_spare: float = 0.0
+    reserved_long_tokens: int = 500_000
 
 
 @dataclass(slots=True, eq=False)
@@ -80,7 +88,7 @@ class Request:
     def workers(self) -> tuple[WorkerId, ...]:
         if self.is_long:
             return self.members
-        return tuple(w for w in (self.prefill_worker, self.decode_worker) if w is not None)
+        return tuple(dict.fromkeys(w for w in (self.prefill_worker, self.decode_worker) if w is not None))
 
 
 @dataclass(slots=True, eq=False)
@@ -121,10 +129,16 @@ class Replica(Worker):
     queued: dict[HoldKey, int] = field(default_factory=dict)
     """Shorts sent and not yet prefilled, in tokens."""
     queued_tokens: int = 0
+    resident: set[HoldKey] = field(default_factory=set)
+    """Shorts that decode where they prefilled (no disaggregation)."""
     long: RequestId | None = None
     """The long that holds its prefill place (running or paused)."""
     decoding: set[RequestId] = field(default_factory=set)
     """Longs that decode here."""
+
+    @property
+    def has_shorts(self) -> bool:
+        return self.queued_tokens > 0 or bool(self.resident)
 
 
 @dataclass(slots=True, eq=False)
@@ -148,11 +162,17 @@ class Cluster:
         self.decoding = LoadIndex()
         """Replicas on which longs decode and none prefills, by queued tokens."""
         self.prefilling = LoadIndex()
-        """Replicas whose prefill place a long holds, by queued tokens."""
+        """Replicas whose prefill place a long holds that is not paused, by queued tokens."""
+        self.paused = LoadIndex()
+        """Replicas whose long is paused, or about to be, by queued tokens."""
+        self.seats = NodeIndex()
+        """Replicas whose prefill place is free, by node and queued tokens."""
         self.decoder_load = LoadIndex()
         """Decoders by reserved KV."""
         self.can_form_groups = False
         """Whether an SP coordinator is there."""
+        self._homes = (self.idle, self.decoding, self.prefilling, self.paused)
+        """Every replica is in exactly one of them."""
         self._kv_max: dict[str, int] = {}
 
     # --- workers ---------------------------------------------------------------------------------
@@ -185,7 +205,7 @@ class Cluster:
         """Forget a lost worker and all it held. Requests that ran there are the caller's to interrupt."""
         self.replicas.pop(worker_id, None)
         self.decoders.pop(worker_id, None)
-        for index in (self.idle, self.decoding, self.prefilling, self.decoder_load):
+        for index in (*self._homes, self.seats, self.decoder_load):
             index.discard(worker_id)
         self._kv_max.clear()
 
@@ -200,11 +220,28 @@ class Cluster:
             else:
                 self.decoder_load.set(worker.worker_id, worker.kv_reserved)
             return
-        home = self.prefilling if worker.long else self.decoding if worker.decoding else self.idle
-        for index in (self.idle, self.decoding, self.prefilling):
+        home = self._home_of(worker)
+        for index in self._homes:
             if index is not home:
                 index.discard(worker.worker_id)
         home.set(worker.worker_id, worker.queued_tokens)
+        if worker.long is None:
+            self.seats.set(worker.worker_id, worker.profile.node, worker.queued_tokens)
+        else:
+            self.seats.discard(worker.worker_id)
+
+    def _home_of(self, replica: Replica) -> LoadIndex:
+        if replica.long is not None:
+            stands = self.requests[replica.long].state in STANDING_LONG
+            return self.paused if stands else self.prefilling
+        return self.decoding if replica.decoding else self.idle
+
+    def long_moved(self, request: Request) -> None:
+        """Its state changed: its replicas may be in another index now."""
+        for worker_id in request.members:
+            replica = self.replicas.get(worker_id)
+            if replica is not None and replica.long == request.request_id:
+                self._reindex(replica)
 
     # --- KV --------------------------------------------------------------------------------------
 
@@ -225,6 +262,7 @@ class Cluster:
             worker.kv_reserved -= reservation.tokens
         if isinstance(worker, Replica):
             worker.queued_tokens -= worker.queued.pop(key, 0)
+            worker.resident.discard(key)
         self._reindex(worker)
         return reservation is not None
 
@@ -235,11 +273,13 @@ class Cluster:
         replica.queued_tokens += request.tokens
         self._reindex(replica)
 
-    def dequeue_short(self, worker_id: WorkerId, key: HoldKey) -> None:
-        """Its prefill is done (its KV stays until handed over)."""
+    def dequeue_short(self, worker_id: WorkerId, key: HoldKey, *, stays: bool = False) -> None:
+        """Its prefill is done. Its KV stays until handed over, or, if it `stays` to decode here, to its end."""
         replica = self.replicas.get(worker_id)
         if replica is not None:
             replica.queued_tokens -= replica.queued.pop(key, 0)
+            if stays:
+                replica.resident.add(key)
             self._reindex(replica)
 
     def seat_long(self, replica: Replica, request_id: RequestId) -> None:
@@ -270,12 +310,12 @@ class Cluster:
             self._check_worker(worker)
         for request in self.requests.values():
             self._check_request(request)
-        indexed = set(self.idle.ids()) | set(self.decoding.ids()) | set(self.prefilling.ids())
+        indexed = set().union(*(index.ids() for index in self._homes))
         require(indexed == set(self.replicas), "every replica is in exactly one index")
-        require(
-            len(self.idle) + len(self.decoding) + len(self.prefilling) == len(self.replicas),
-            "no replica is in two indexes",
-        )
+        require(sum(map(len, self._homes)) == len(self.replicas), "no replica is in two indexes")
+        for worker_id, replica in self.replicas.items():
+            require(worker_id in self._home_of(replica), f"{worker_id} is in the index of its state")
+            require((worker_id in self.seats) == (replica.long is None), f"{worker_id}: seat")
 
     def _check_worker(self, worker: Replica | Decoder) -> None:
         name = worker.worker_id
@@ -287,6 +327,7 @@ class Cluster:
             return
         require(worker.queued_tokens == sum(worker.queued.values()), f"{name}: queue accounting")
         require(worker.queued.keys() <= worker.held.keys(), f"{name}: a queued short holds no KV")
+        require(worker.resident <= worker.held.keys(), f"{name}: a short that decodes here holds no KV")
         if worker.long is not None:
             long = self.requests.get(worker.long)
             require(long is not None and long.state in PREFILLING_LONG, f"{name}: seats {worker.long} in vain")
@@ -309,7 +350,7 @@ class Cluster:
         active = state in (RequestState.PREFILLING, RequestState.HANDOFF, RequestState.DECODING)
         require((request.decode_worker is not None) == active, f"{name}: {state.value} without a decoder")
         if request.decode_worker is not None:
-            decoder = self.decoders.get(request.decode_worker)
+            decoder = self.worker(request.decode_worker)
             require(decoder is not None and request.key in decoder.held, f"{name}: no KV reserved for its decode")
         if state is RequestState.PREFILLING and request.prefill_worker is not None:
             replica = self.replicas.get(request.prefill_worker)

@@ -21,6 +21,7 @@ from common.policy.baselines import FifoPolicy
 from common.policy.cluster import Cluster, Decoder, HoldKey, Replica, Request, SchedulerConfig, require
 from common.policy.decisions import SchedulingPolicy
 from common.policy.lifecycle import IN_GROUP, RequestState, table_of
+from common.policy.long_planner import LongPlanner, SingleReplicaPlanner
 from common.policy.pecsched import PecSchedPolicy
 from common.policy.scheduler_io import ForgetRequest, SaveRequest, SchedulerCommand
 from common.policy.story import StoryLog
@@ -31,10 +32,10 @@ from common.units import RequestId, RouterId, WorkerId
 ENDED_REMEMBERED_MAX = 10_000
 
 
-def make_policy(config: SchedulerConfig) -> SchedulingPolicy:
+def make_policy(config: SchedulerConfig, planner: LongPlanner) -> SchedulingPolicy:
     """Raises: ValueError for an unknown name."""
     if config.policy == "pecsched":
-        return PecSchedPolicy(config)
+        return PecSchedPolicy(config, planner)
     if config.policy == "fifo":
         return FifoPolicy(config)
     raise ValueError(f"unknown policy {config.policy!r}: use 'pecsched' or 'fifo'")
@@ -43,11 +44,12 @@ def make_policy(config: SchedulerConfig) -> SchedulingPolicy:
 class Ledger:
     """Shared by the scheduler's handlers; `now_s` and `cause` are those of the event being handled."""
 
-    def __init__(self, config: SchedulerConfig, epoch: int) -> None:
+    def __init__(self, config: SchedulerConfig, epoch: int, planner: LongPlanner | None = None) -> None:
         self.config = config
         self.epoch = epoch
         self.cluster = Cluster()
-        self.policy = make_policy(config)
+        self.planner = SingleReplicaPlanner(self.cluster) if planner is None else planner
+        self.policy = make_policy(config, self.planner)
         self.counters: Counter[str] = Counter()
         self.stories = StoryLog()
         self.by_router: dict[RouterId, set[RequestId]] = {}
@@ -92,6 +94,7 @@ class Ledger:
                 self.grouped[request.request_id] = request
             else:
                 self.grouped.pop(request.request_id, None)
+            self.cluster.long_moved(request)
             self.policy.long_changed(request)
 
     def current(self, request_id: RequestId, attempt: int) -> Request | None:

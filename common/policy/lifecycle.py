@@ -66,6 +66,9 @@ IN_GROUP = frozenset({S.FORMING, S.RUNNING, S.PAUSING, S.PAUSED, S.RESUMING, S.D
 PREFILLING_LONG = IN_GROUP - {S.DECODING}
 """States in which a long holds the prefill place of its replicas."""
 
+STANDING_LONG = frozenset({S.PAUSING, S.PAUSED})
+"""States in which shorts on its replicas need no new pause."""
+
 
 def table_of(*, long: bool) -> Table[RequestState]:
     return LONG_TRANSITIONS if long else SHORT_TRANSITIONS

@@ -1,31 +1,50 @@
-"""The PecSched policy: shorts by the cascade of `placement.py`, longs first come first served, pauses
+"""The PecSched policy: shorts by the cascade of `placement.py`, longs by remaining work and age, pauses
 within the bounds of `preemption.py`.
 
 Shorts are considered before longs, and both before resuming: a pause that is running takes in what
 waits (in-flight credit keeps the replicas' token totals balanced, since each short goes to the one with
 the fewest queued tokens), and it ends when the replica's queue has run dry or its bound is reached.
+
+Beyond the paper:
+
+- The work of a long is known from its length, so the shortest goes first (SRPT, the least mean time) and age
+  counts against work: the rank is `work - aging * waited`. All ranks fall alike as time passes, so the order of any
+  two longs never changes while they wait, and each is first after a bounded time.
+- Shorts go by deadline where clients give one.
+- Longs leave as many replicas to shorts as these have kept busy lately, times `shorts_spare`: what a burst
+  needs beyond that, it gets by pausing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from common.policy.cluster import Cluster, Request, SchedulerConfig
-from common.policy.costs import decode_slot_tokens
+from common.policy.costs import decode_slot_tokens, shorts_s
 from common.policy.decisions import Decision, PauseLong, PlaceLong, PlaceShort, ResumeLong
 from common.policy.lifecycle import RequestState
-from common.policy.placement import NoPlace, bounds_of, decoder_for, place_short, replica_for_long
-from common.policy.queues import RequestQueue
+from common.policy.long_planner import LongPlanner
+from common.policy.placement import NoPlace, bounds_of, decoder_for, group_for_long, place_short
+from common.policy.queues import RequestQueue, by_arrival
 from common.policy.timers import Timers
 from common.units import RequestId, WorkerId
 
+NO_DEADLINE_S = 10.0
+"""A short without a deadline is due this long after its arrival: it yields to those that are due sooner, and is never
+passed over for longer."""
+LOAD_WINDOW_S = 30.0
+"""Over which the load of shorts is averaged."""
+
 
 class PecSchedPolicy:
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, planner: LongPlanner) -> None:
         self._config = config
+        self._planner = planner
         self._bounds = bounds_of(config)
-        self._shorts = RequestQueue()
-        self._longs = RequestQueue()
+        self._shorts = RequestQueue(_due_s)
+        self._longs = RequestQueue(self._rank_of_long if config.long_order == "remaining" else by_arrival)
+        self._load = ShortLoad()
         self._touched: dict[RequestId, Request] = {}
         """Longs whose pause may have to begin or end."""
         self._timers: Timers[RequestId] = Timers()
@@ -36,6 +55,16 @@ class PecSchedPolicy:
 
     def admit(self, request: Request, cluster: Cluster) -> None:
         (self._longs if request.is_long else self._shorts).push(request)
+        replica = next(iter(cluster.replicas.values()), None)
+        if not request.is_long and replica is not None:
+            work_s = shorts_s(replica.profile.step_cost, request.tokens, self._config.batch_tokens_max)
+            self._load.came(work_s, request.state_since_s)
+
+    def _rank_of_long(self, request: Request) -> float:
+        """`work - aging * (now - arrived)`, less what all have in common."""
+        if request.order < 0:
+            return -math.inf  # it ran before this scheduler did
+        return self._planner.prefill_s(request.tokens, (1,)) + self._config.long_aging * request.arrived_s
 
     def forget(self, request: Request) -> None:
         (self._longs if request.is_long else self._shorts).discard(request)
@@ -63,7 +92,11 @@ class PecSchedPolicy:
         for request_id in self._timers.due(now_s):
             if request_id in cluster.requests:
                 self._touched[request_id] = cluster.requests[request_id]
-        return self._next_short(cluster, now_s) or self._next_long(cluster) or self._next_pause_change(cluster, now_s)
+        return (
+            self._next_short(cluster, now_s)
+            or self._next_long(cluster, now_s)
+            or self._next_pause_change(cluster, now_s)
+        )
 
     def _next_short(self, cluster: Cluster, now_s: float) -> Decision | None:
         self._retry_s = None
@@ -71,21 +104,25 @@ class PecSchedPolicy:
         if request is None:
             return None
         decoder = decoder_for(cluster, decode_slot_tokens(request.spec.kv_tokens))
-        if decoder is None:
+        if decoder is None and self._config.disaggregation:
             return None
         place = place_short(cluster, self._config, request, now_s)
         if isinstance(place, NoPlace):
             self._retry_s = place.retry_s
             return None
         pause = place.replica.long if place.rule == "pause" else None
-        return PlaceShort(request, place.replica.worker_id, decoder.worker_id, place.rule, pause)
+        home = place.replica if decoder is None or not self._config.disaggregation else decoder
+        return PlaceShort(request, place.replica.worker_id, home.worker_id, place.rule, pause)
 
-    def _next_long(self, cluster: Cluster) -> Decision | None:
+    def _next_long(self, cluster: Cluster, now_s: float) -> Decision | None:
         request = self._longs.head()
         if request is None:
             return None
-        replica = replica_for_long(cluster, request.spec.kv_tokens)
-        return PlaceLong(request, (replica.worker_id,)) if replica else None
+        seats_max = len(cluster.seats)
+        if self._config.shorts_spare > 0.0 and len(cluster.prefilling) + len(cluster.paused) > 0:
+            seats_max -= math.ceil(self._config.shorts_spare * self._load.replicas(now_s))
+        members = group_for_long(cluster, self._config, self._planner, request, seats_max)
+        return PlaceLong(request, members) if members else None
 
     def _next_pause_change(self, cluster: Cluster, now_s: float) -> Decision | None:
         while self._touched:
@@ -100,7 +137,7 @@ class PecSchedPolicy:
         return None
 
     def _pause_is_over(self, cluster: Cluster, request: Request, now_s: float) -> bool:
-        if all(cluster.replicas[w].queued_tokens == 0 for w in request.members):
+        if not any(cluster.replicas[w].has_shorts for w in request.members):
             return True
         assert request.pauses is not None
         left_s = request.pauses.pause_left_s(now_s, self._bounds)
@@ -142,3 +179,24 @@ class PecSchedPolicy:
 
     def waiting_tokens(self) -> int:
         return self._shorts.tokens + self._longs.tokens
+
+
+def _due_s(request: Request) -> float:
+    if request.order < 0:
+        return -math.inf  # it ran before this scheduler did
+    return request.arrived_s + (NO_DEADLINE_S if request.spec.deadline_s is None else request.spec.deadline_s)
+
+
+class ShortLoad:
+    """Seconds of prefill that shorts bring per second: how many replicas they keep busy. Exponentially averaged."""
+
+    def __init__(self) -> None:
+        self._replicas = 0.0
+        self._at_s = 0.0
+
+    def came(self, work_s: float, now_s: float) -> None:
+        self._replicas = self.replicas(now_s) + work_s / LOAD_WINDOW_S
+        self._at_s = max(self._at_s, now_s)
+
+    def replicas(self, now_s: float) -> float:
+        return self._replicas * math.exp(-max(0.0, now_s - self._at_s) / LOAD_WINDOW_S)

@@ -6,12 +6,17 @@ For a short, the first rule that fits:
 2. a replica on which a long *decodes*: share its steps, under a cap of tokens;
 3. a replica on which a long *prefills*: pause it (one that is paused already costs no new pause).
 
-One guard beyond the paper: nobody is paused for a short that a replica without longs would start
-within `wait_instead_of_pause_s` anyway.
+Beyond the paper: nobody is paused for a short that a replica without longs would start within
+`wait_instead_of_pause_s` anyway; and a group is paused as one, so of those that may be paused the smallest is.
+
+The paper's ablations are switches here: without *colocation* a short holds up a long's decode as it holds up its
+prefill; without *preemption* it does neither; without *disaggregation* it decodes where it prefilled.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,10 +24,17 @@ from common.policy.cluster import Cluster, Decoder, Replica, Request, SchedulerC
 from common.policy.colocation import has_room
 from common.policy.costs import shorts_s
 from common.policy.lifecycle import RequestState
+from common.policy.long_planner import Layout, LongPlanner
 from common.policy.preemption import PauseBounds
+from common.units import RequestId, WorkerId
 
-Rule = Literal["idle", "colocate", "paused", "pause", "queue"]
-"""Which rule of the cascade placed a short; `queue`: it waits behind others on a replica without longs."""
+GROUPS_MAX = 8
+GROUP_REPLICAS_MAX = 64
+"""How many groups, and how many of their replicas, are looked at before a pause: a decision stays O(log n)."""
+
+Rule = Literal["idle", "colocate", "exclude", "paused", "pause", "queue"]
+"""Which rule of the cascade placed a short. `exclude`: where a long decodes, which waits meanwhile (no colocation);
+`queue`: it waits behind others on a replica without longs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +68,67 @@ def decoder_for(cluster: Cluster, slot_tokens: int) -> Decoder | None:
     return None
 
 
-def replica_for_long(cluster: Cluster, kv_tokens: int) -> Replica | None:
-    """For a group of one: a replica whose prefill place is free and whose KV has room for the whole
-    request; one where no long decodes before one where one does, then the fewest queued tokens."""
-    if not cluster.can_form_groups:
-        return None
+def kv_share(kv_tokens: int, degree: int) -> int:
+    """What each member of a group sets aside for a long, in tokens."""
+    return math.ceil(kv_tokens / degree)
+
+
+def layout_of(cluster: Cluster, members: tuple[WorkerId, ...]) -> Layout:
+    """Members per node, largest first."""
+    sizes: dict[str, int] = {}
+    for worker_id in members:
+        node = cluster.replicas[worker_id].profile.node
+        sizes[node] = sizes.get(node, 0) + 1
+    return tuple(sorted(sizes.values(), reverse=True))
+
+
+def group_for_long(
+    cluster: Cluster, config: SchedulerConfig, planner: LongPlanner, request: Request, seats_max: int
+) -> tuple[WorkerId, ...]:
+    """Replicas for a long, in rank order, node by node; none: not now.
+
+    At most `seats_max` of those whose prefill place is free, and at most `group_max`. The nodes with the most
+    free places are looked at, a bounded number of them; a group that fits into one node takes the node it
+    leaves the fewest places in, and of each node the replicas with the fewest queued tokens.
+    """
+    seats_max = min(seats_max, config.group_max, len(cluster.seats))
+    if seats_max <= 0 or not cluster.can_form_groups:
+        return ()
+    if config.group_max == 1:
+        return _single(cluster, request.spec.kv_tokens)
+    candidates = {node: _candidates(cluster, node, seats_max) for _, node in cluster.seats.largest()}
+    free = sorted(((len(found), node) for node, found in candidates.items() if found), reverse=True)
+    kv_free = min((r.kv_free for found in candidates.values() for r in found), default=0)
+    left, by_node = seats_max, []
+    for size, _ in free:
+        by_node.append(min(size, left))
+        left -= by_node[-1]
+        if not left:
+            break
+    degree = planner.degree(request.tokens, request.spec.kv_tokens, by_node, kv_free)
+    if not degree:
+        return ()
+    one_node = cluster.seats.best(degree)
+    if one_node is not None and len(found := _candidates(cluster, one_node, degree)) == degree:
+        return tuple(replica.worker_id for replica in found)
+    ordered = [replica.worker_id for _, node in free for replica in candidates[node]]
+    return tuple(ordered[:degree])
+
+
+def _single(cluster: Cluster, kv_tokens: int) -> tuple[WorkerId, ...]:
+    """A replica with room for the whole request; one where no long decodes before one where one does."""
     for index in (cluster.idle, cluster.decoding):
         for worker_id in index.least():
-            replica = cluster.replicas[worker_id]
-            if replica.kv_free >= kv_tokens:
-                return replica
-    return None
+            if cluster.replicas[worker_id].kv_free >= kv_tokens:
+                return (worker_id,)
+    return ()
+
+
+def _candidates(cluster: Cluster, node: str, count: int) -> list[Replica]:
+    """Replicas of the node whose prefill place is free and where no short waits: a group starts when its
+    last member does."""
+    found = (cluster.replicas[worker_id] for worker_id in cluster.seats.least(node, count))
+    return [replica for replica in found if not replica.has_shorts]
 
 
 def place_short(cluster: Cluster, config: SchedulerConfig, request: Request, now_s: float) -> Place | NoPlace:
@@ -75,11 +137,10 @@ def place_short(cluster: Cluster, config: SchedulerConfig, request: Request, now
     wait_s = _wait_s(free, config) if free else float("inf")
     if free and wait_s <= config.wait_instead_of_pause_s:
         return Place(free, "idle")
-    for worker_id in cluster.decoding.least():
-        replica = cluster.replicas[worker_id]
-        if _fits(replica, request) and has_room(replica, request.tokens, config.colocated_tokens_max):
-            return Place(replica, "colocate")
-    paused = _by_pausing(cluster, config, request, wait_s, now_s)
+    shared = _by_sharing(cluster, config, request)
+    if shared:
+        return shared
+    paused = _by_pausing(cluster, config, request, wait_s, now_s) if config.preemption else NoPlace()
     if isinstance(paused, Place):
         return paused
     return Place(free, "queue") if free else paused
@@ -88,8 +149,23 @@ def place_short(cluster: Cluster, config: SchedulerConfig, request: Request, now
 def _least_queued(cluster: Cluster, config: SchedulerConfig, request: Request) -> Replica | None:
     for worker_id in cluster.idle.least():
         replica = cluster.replicas[worker_id]
-        if _fits(replica, request) and _has_batch_room(replica, request, config):
+        if _fits(replica, request, config) and _has_batch_room(replica, request, config):
             return replica
+    return None
+
+
+def _by_sharing(cluster: Cluster, config: SchedulerConfig, request: Request) -> Place | None:
+    """Rule 2: where longs decode. Without colocation they wait for the short, if longs may be held up at all."""
+    if not config.colocation and not config.preemption:
+        return None
+    for worker_id in cluster.decoding.least():
+        replica = cluster.replicas[worker_id]
+        if not _fits(replica, request, config):
+            continue
+        if config.colocation and has_room(replica, request.tokens, config.colocated_tokens_max):
+            return Place(replica, "colocate")
+        if not config.colocation and replica.queued_tokens == 0:
+            return Place(replica, "exclude")
     return None
 
 
@@ -99,34 +175,67 @@ def _by_pausing(
     """Rule 3: a replica whose long is paused already, if the short starts soon there; else one more to pause,
     so that what waits is spread over the replicas; else behind the others on a paused one."""
     bounds = bounds_of(config)
-    paused: Replica | None = None
+    paused = _paused_already(cluster, config, request, free_wait_s, now_s)
+    if paused and _wait_s(paused, config) <= config.wait_instead_of_pause_s:
+        return Place(paused, "paused")
     to_pause: Replica | None = None
     retry_s: float | None = None
-    for worker_id in cluster.prefilling.least():
-        replica = cluster.replicas[worker_id]
-        if not (_fits(replica, request) and _has_batch_room(replica, request, config)):
+    for replica in _running(cluster):
+        if not (_fits(replica, request, config) and _has_batch_room(replica, request, config)):
             continue
         long = cluster.requests[replica.long] if replica.long else None
-        if long is None or long.pauses is None:
+        if long is None or long.pauses is None or long.state is not RequestState.RUNNING:
             continue
         needed_s = _wait_s(replica, config) + _run_s(replica, request)
-        if long.state in (RequestState.PAUSED, RequestState.PAUSING):
-            stays_s = long.pauses.pause_left_s(now_s, bounds)
-            if paused is None and needed_s <= stays_s and _wait_s(replica, config) < free_wait_s:
-                paused = replica
-        elif long.state is RequestState.RUNNING and to_pause is None:
-            pausable_s = long.pauses.pausable_from_s(now_s, needed_s, bounds)
-            if pausable_s is not None and pausable_s <= now_s:
+        pausable_s = long.pauses.pausable_from_s(now_s, needed_s, bounds)
+        if pausable_s is not None and pausable_s <= now_s:
+            if to_pause is None or len(long.members) < _members(cluster, to_pause):
                 to_pause = replica
-            elif pausable_s is not None:
-                retry_s = pausable_s if retry_s is None else min(retry_s, pausable_s)
-    if paused and (to_pause is None or _wait_s(paused, config) <= config.wait_instead_of_pause_s):
-        return Place(paused, "paused")
-    return Place(to_pause, "pause") if to_pause else NoPlace(retry_s)
+        elif pausable_s is not None:
+            retry_s = pausable_s if retry_s is None else min(retry_s, pausable_s)
+    if to_pause:
+        return Place(to_pause, "pause")
+    return Place(paused, "paused") if paused else NoPlace(retry_s)
 
 
-def _fits(replica: Replica, request: Request) -> bool:
-    return replica.kv_free >= request.tokens and request.tokens <= replica.profile.context_tokens
+def _paused_already(
+    cluster: Cluster, config: SchedulerConfig, request: Request, free_wait_s: float, now_s: float
+) -> Replica | None:
+    """The least queued replica whose long stands still for long enough."""
+    for worker_id in cluster.paused.least():
+        replica = cluster.replicas[worker_id]
+        long = cluster.requests[replica.long] if replica.long else None
+        if long is None or long.pauses is None or not _fits(replica, request, config):
+            continue
+        wait_s = _wait_s(replica, config)
+        if (
+            _has_batch_room(replica, request, config)
+            and wait_s < free_wait_s
+            and wait_s + _run_s(replica, request) <= long.pauses.pause_left_s(now_s, bounds_of(config))
+        ):
+            return replica
+    return None
+
+
+def _running(cluster: Cluster) -> Iterator[Replica]:
+    """The least queued replica of each group that prefills; a bounded number of groups."""
+    seen: set[RequestId] = set()
+    for worker_id in cluster.prefilling.least(GROUP_REPLICAS_MAX):
+        replica = cluster.replicas[worker_id]
+        if replica.long is not None and replica.long not in seen:
+            seen.add(replica.long)
+            yield replica
+            if len(seen) == GROUPS_MAX:
+                return
+
+
+def _members(cluster: Cluster, replica: Replica) -> int:
+    return len(cluster.requests[replica.long].members) if replica.long else 0
+
+
+def _fits(replica: Replica, request: Request, config: SchedulerConfig) -> bool:
+    needed = request.tokens if config.disaggregation else request.spec.kv_tokens
+    return replica.kv_free >= needed and request.tokens <= replica.profile.context_tokens
 
 
 def _has_batch_room(replica: Replica, request: Request, config: SchedulerConfig) -> bool:

@@ -2,41 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 from sortedcontainers import SortedDict
 
 from common.policy.cluster import Request
+from common.units import RequestId
+
+Rank = Callable[[Request], float]
+"""The lowest comes first. It must not change while the request waits."""
+
+
+def by_arrival(request: Request) -> float:
+    """First come, first served: a request that comes back after an interruption keeps its place."""
+    return request.order
 
 
 class RequestQueue:
-    """First come, first served by `Request.order`: a request that comes back after an interruption keeps its
-    place. Push, pop, remove: O(log n)."""
+    """Ordered by `rank`, among equals by arrival. Push, pop, remove: O(log n)."""
 
-    def __init__(self) -> None:
-        self._by_order: SortedDict = SortedDict()
+    def __init__(self, rank: Rank = by_arrival) -> None:
+        self._rank = rank
+        self._by_rank: SortedDict = SortedDict()
+        self._rank_of: dict[RequestId, tuple[float, int]] = {}
         self.tokens = 0
 
     def push(self, request: Request) -> None:
-        self._by_order[request.order] = request
+        place = (self._rank(request), request.order)
+        self._by_rank[place] = request
+        self._rank_of[request.request_id] = place
         self.tokens += request.tokens
 
     def head(self) -> Request | None:
-        if not self._by_order:
+        if not self._by_rank:
             return None
-        request: Request = self._by_order.peekitem(0)[1]
+        request: Request = self._by_rank.peekitem(0)[1]
         return request
 
     def discard(self, request: Request) -> None:
-        if self._by_order.pop(request.order, None) is not None:
+        place = self._rank_of.pop(request.request_id, None)
+        if place is not None:
+            del self._by_rank[place]
             self.tokens -= request.tokens
 
     def first(self, count: int) -> Iterator[Request]:
-        return islice(self._by_order.values(), count)
+        return islice(self._by_rank.values(), count)
 
     def __len__(self) -> int:
-        return len(self._by_order)
+        return len(self._by_rank)
 
     def __contains__(self, request: Request) -> bool:
-        return self._by_order.get(request.order) is request
+        return request.request_id in self._rank_of

@@ -44,14 +44,15 @@ from common.messages.sp import (
     ResumeGroup,
 )
 from common.messages.views import ClusterView
-from common.policy.cluster import Cluster, Request, SchedulerConfig
+from common.policy.cluster import Cluster, Decoder, Request, SchedulerConfig
 from common.policy.core import TimePassed
-from common.policy.costs import decode_slot_tokens, prefill_s
+from common.policy.costs import decode_slot_tokens
 from common.policy.decisions import Decision, PauseLong, PlaceLong, PlaceShort, ResumeLong
 from common.policy.ledger import Ledger
 from common.policy.lifecycle import IN_GROUP, RequestState
+from common.policy.long_planner import LongPlanner
 from common.policy.membership import Membership
-from common.policy.placement import bounds_of
+from common.policy.placement import bounds_of, kv_share, layout_of
 from common.policy.preemption import PauseAccount
 from common.policy.scheduler_io import SchedulerCommand, SchedulerEvent
 from common.policy.view import describe
@@ -62,10 +63,11 @@ HEAD_OF_QUEUE = -(10**12)
 
 
 class Scheduler:
-    """The core. `epoch`: the term of the lease under which it gives orders."""
+    """The core. `epoch`: the term of the lease under which it gives orders. `planner`: how longs are spread over
+    replicas; None: each on one, by what workers measured of themselves."""
 
-    def __init__(self, config: SchedulerConfig, epoch: int) -> None:
-        self._ledger = Ledger(config, epoch)
+    def __init__(self, config: SchedulerConfig, epoch: int, planner: LongPlanner | None = None) -> None:
+        self._ledger = Ledger(config, epoch, planner)
         self._membership = Membership(self._ledger)
         self._config = config
         self._cluster = self._ledger.cluster
@@ -226,8 +228,11 @@ class Scheduler:
             return "no_workers", f"no {missing} is running; try again later", 5.0
         prefill_max, decode_max = self._cluster.kv_max("prefill"), self._cluster.kv_max("decode")
         kv_tokens = spec.kv_tokens
-        if is_long and 0 < prefill_max < kv_tokens:
-            return "too_long", _too_long(spec, kv_tokens, prefill_max), None
+        group_kv_max = prefill_max * min(self._config.group_max, len(self._cluster.replicas))
+        if is_long and 0 < group_kv_max < kv_tokens:
+            return "too_long", _too_long(spec, kv_tokens, group_kv_max), None
+        if not self._config.disaggregation:
+            decode_max = prefill_max
         if not is_long and (0 < prefill_max < spec.prompt.tokens or 0 < decode_max < decode_slot_tokens(kv_tokens)):
             return "too_long", _too_long(spec, kv_tokens, min(prefill_max, decode_max)), None
         if spec.attempt == 0 and self._policy.waiting_shorts() + self._policy.waiting_longs() >= self._config.queue_max:
@@ -255,9 +260,10 @@ class Scheduler:
     # --- shorts ----------------------------------------------------------------------------------
 
     def _on_prefill_finished(self, event: PrefillFinished) -> None:
-        self._cluster.dequeue_short(event.worker_id, (event.request_id, event.attempt))
-        self._policy.replica_eased(event.worker_id, self._cluster)
         request = self._ledger.current(event.request_id, event.attempt)
+        stays = request is not None and request.decode_worker == event.worker_id
+        self._cluster.dequeue_short(event.worker_id, (event.request_id, event.attempt), stays=stays)
+        self._policy.replica_eased(event.worker_id, self._cluster)
         if request is None or request.is_long or request.prefill_worker != event.worker_id:
             return
         if event.finish_reason is not None:
@@ -376,46 +382,56 @@ class Scheduler:
 
     def _place_short(self, decision: PlaceShort) -> None:
         request, key = decision.request, decision.request.key
-        replica, decoder = self._cluster.replicas[decision.replica], self._cluster.decoders[decision.decoder]
+        replica = self._cluster.replicas[decision.replica]
         if decision.pause is not None:
             self._pause(self._cluster.requests[decision.pause])
         self._ledger.move(request, RequestState.PREFILLING)
         self._policy.forget(request)
-        request.prefill_worker, request.decode_worker = replica.worker_id, decoder.worker_id
-        self._cluster.reserve(replica, key, request.tokens, self._ledger.now_s)
-        self._cluster.reserve(decoder, key, decode_slot_tokens(request.spec.kv_tokens), self._ledger.now_s)
+        request.prefill_worker, request.decode_worker = decision.replica, decision.decoder
+        stays = decision.replica == decision.decoder
+        self._cluster.reserve(replica, key, request.spec.kv_tokens if stays else request.tokens, self._ledger.now_s)
         self._cluster.enqueue_short(replica, request)
         self._counters[f"placed_{decision.rule}"] += 1
+        if decision.rule == "exclude":
+            self._counters["decode_pauses"] += 1
         self._ledger.note(request.request_id, f"placed by rule {decision.rule!r}")
         self._ledger.save(request)
-        self._ledger.emit(ExpectKv(worker_id=decoder.worker_id, spec=request.spec, prefill_worker_id=replica.worker_id))
+        address = "" if stays else self._reserve_decode(request, self._cluster.decoders[decision.decoder])
         self._ledger.emit(
             RunPrefill(
                 worker_id=replica.worker_id,
                 spec=request.spec,
-                decode_worker_id=decoder.worker_id,
-                decode_address=decoder.profile.data_address,
+                decode_worker_id=decision.decoder,
+                decode_address=address,
+                exclusive=decision.rule == "exclude",
             )
         )
+
+    def _reserve_decode(self, request: Request, decoder: Decoder) -> str:
+        """Announces the request there. Returns the address its KV goes to."""
+        tokens = decode_slot_tokens(request.spec.kv_tokens)
+        self._cluster.reserve(decoder, request.key, tokens, self._ledger.now_s)
+        assert request.prefill_worker is not None
+        self._ledger.emit(
+            ExpectKv(worker_id=decoder.worker_id, spec=request.spec, prefill_worker_id=request.prefill_worker)
+        )
+        return decoder.profile.data_address
 
     def _place_long(self, decision: PlaceLong) -> None:
         request = decision.request
         replicas = [self._cluster.replicas[w] for w in decision.members]
-        cost = replicas[0].profile.step_cost
-        request.pauses = PauseAccount(started_s=self._ledger.now_s, estimate_s=prefill_s(cost, request.tokens, 512))
+        estimate_s = self._ledger.planner.prefill_s(request.tokens, layout_of(self._cluster, decision.members))
+        request.pauses = PauseAccount(started_s=self._ledger.now_s, estimate_s=estimate_s)
+        share = kv_share(request.spec.kv_tokens, len(replicas))
         self._policy.forget(request)
         request.members = decision.members
         self._ledger.move(request, RequestState.FORMING)
         for replica in replicas:
-            self._cluster.reserve(replica, request.key, request.spec.kv_tokens, self._ledger.now_s)
+            self._cluster.reserve(replica, request.key, share, self._ledger.now_s)
             self._cluster.seat_long(replica, request.request_id)
         self._counters["placed_long"] += 1
         self._ledger.save(request)
         self._ledger.emit(FormGroup(spec=request.spec, members=decision.members))
-
-    def _resume(self, request: Request) -> None:
-        self._ledger.move(request, RequestState.RESUMING)
-        self._ledger.emit(ResumeGroup(request_id=request.request_id, attempt=request.spec.attempt))
 
     def _pause(self, request: Request) -> None:
         self._ledger.move(request, RequestState.PAUSING)

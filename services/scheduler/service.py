@@ -81,8 +81,10 @@ def no_journal(_epoch: int) -> AbstractContextManager[JournalSink | None]:
 
 
 def config_of(settings: SchedulerSettings) -> SchedulerConfig:
-    """What the core needs of the settings; names are the same in both."""
-    return SchedulerConfig(**{name: getattr(settings, name) for name in SchedulerConfig.__struct_fields__})
+    """What the core needs of the settings; names are the same in both. The rest of the core's switches has no
+    live counterpart yet, and keeps its default."""
+    shared = set(SchedulerConfig.__struct_fields__) & set(SchedulerSettings.__struct_fields__)
+    return SchedulerConfig(**{name: getattr(settings, name) for name in sorted(shared)})
 
 
 class RequestRecords:

@@ -3,7 +3,9 @@ with the events real ones send. Everything that is under way waits in per-sender
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from common.messages.cluster import CoordinatorHeartbeat, Holding, RouterHeartbeat, WorkerHeartbeat
@@ -31,6 +33,7 @@ from common.messages.sp import (
 )
 from common.policy.cluster import SchedulerConfig
 from common.policy.core import TimePassed
+from common.policy.long_planner import Layout
 from common.policy.scheduler import Scheduler
 from common.policy.scheduler_io import EndBusRequest, ForgetRequest, SaveRequest, SchedulerCommand, SchedulerEvent
 from tests.policy.scenario import profile, spec
@@ -61,11 +64,25 @@ class FakeRequest:
     ended: str | None = None
 
 
+class EvenPlanner:
+    """As few replicas as hold the KV, and one more if there is one: groups of every size come about."""
+
+    def degree(self, tokens: int, kv_tokens: int, free_by_node: Sequence[int], kv_free_tokens: int) -> int:
+        if kv_free_tokens <= 0:
+            return 0
+        needed = math.ceil(kv_tokens / kv_free_tokens)
+        free = sum(free_by_node)
+        return min(free, needed + 1) if needed <= free else 0
+
+    def prefill_s(self, tokens: int, layout: Layout) -> float:
+        return 1e-3 * tokens / sum(layout)
+
+
 class World:
     """Deliver what is under way, in any interleaving; each sender's messages stay in order."""
 
     def __init__(self, config: SchedulerConfig, prefill: int = 2, decode: int = 1, kv: int = 20_000) -> None:
-        self.scheduler = Scheduler(config, epoch=1)
+        self.scheduler = Scheduler(config, epoch=1, planner=EvenPlanner() if config.group_max > 1 else None)
         self.now_s = 0.0
         self.kv = kv
         self.workers = {f"p{i}": FakeWorker("prefill") for i in range(prefill)}
@@ -93,7 +110,9 @@ class World:
                 holdings = tuple(
                     Holding(request_id=r, attempt=a, phase="decode", kv_tokens=1) for r, a in sorted(worker.holds)
                 )
-                me = profile(name, worker.role, kv=self.kv, incarnation=str(worker.incarnation))
+                # Two replicas to a node.
+                node = f"n{int(name[1:]) // 2}"
+                me = profile(name, worker.role, kv=self.kv, incarnation=str(worker.incarnation), node=node)
                 self.send(name, WorkerHeartbeat(profile=me, holdings=holdings))
         waiting = tuple((r, q.attempt) for r, q in sorted(self.requests.items()) if q.ended is None)
         self.send("r", RouterHeartbeat(router_id="r", waiting=waiting))
@@ -158,7 +177,9 @@ class World:
             case RequestInterrupted():
                 self._resubmit(command)
             case RunPrefill() | ExpectKv():
-                self._hold(command.worker_id, (command.spec.request_id, command.spec.attempt))
+                local = isinstance(command, RunPrefill) and command.decode_worker_id == command.worker_id
+                key = (command.spec.request_id, command.spec.attempt)
+                self._hold(command.worker_id, key, "local" if local else "held")
             case DropRequest():
                 self._drop(command.worker_id, (command.request_id, command.attempt))
             case FormGroup():
@@ -183,10 +204,10 @@ class World:
 
     # --- workers ---------------------------------------------------------------------------------
 
-    def _hold(self, worker_id: str, key: Key) -> None:
+    def _hold(self, worker_id: str, key: Key, phase: str = "held") -> None:
         worker = self.workers[worker_id]
         if worker.alive:
-            worker.holds[key] = "held"
+            worker.holds[key] = phase
 
     def _drop(self, worker_id: str, key: Key) -> None:
         worker = self.workers[worker_id]
@@ -227,7 +248,9 @@ class World:
         prefill = next((n for n, w in self.workers.items() if w.role == "prefill" and w.alive and key in w.holds), None)
         decode = next((n for n, w in self.workers.items() if w.role == "decode" and w.alive and key in w.holds), None)
         about = {"request_id": key[0], "attempt": key[1]}
-        if prefill is not None:
+        if prefill is not None and self.workers[prefill].holds[key] != "held":
+            self._progress_local(prefill, key)
+        elif prefill is not None:
             del self.workers[prefill].holds[key]
             self.send(prefill, PrefillStarted(worker_id=prefill, waited_s=0, **about))
             self.send(prefill, PrefillFinished(worker_id=prefill, compute_s=0.1, last_layer_computed_s=0, **about))
@@ -245,6 +268,20 @@ class World:
             self._delivered(key)
         elif decode is not None:  # its prefill worker is gone: the reservation lapses
             self._drop(decode, key)
+
+    def _progress_local(self, worker_id: str, key: Key) -> None:
+        """Prefill → decode → finished, all on one worker."""
+        about = {"worker_id": worker_id, "request_id": key[0], "attempt": key[1]}
+        if self.workers[worker_id].holds[key] == "local":
+            self.workers[worker_id].holds[key] = "decoding here"
+            self.send(worker_id, PrefillStarted(waited_s=0, **about))
+            self.send(worker_id, PrefillFinished(compute_s=0.1, last_layer_computed_s=0, **about))
+            self.send(worker_id, DecodeStarted(first_layer_received_s=0, last_layer_received_s=0, **about))
+        else:
+            del self.workers[worker_id].holds[key]
+            self.send(worker_id, DecodeFinished(finish_reason="length", generated=1, **about))
+            self.send(worker_id, KvReleased(**about))
+            self._delivered(key)
 
     def _progress_group(self, key: Key) -> None:
         group = self.groups[key]

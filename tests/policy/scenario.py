@@ -47,12 +47,20 @@ from common.policy.scheduler_io import EndBusRequest, ForgetRequest, SaveRequest
 COST = StepCost(pass_s=0.02, token_s=0.0007, pair_s=8e-8)
 
 
-def profile(worker_id: str, role: str = "prefill", *, kv: int = 32_768, incarnation: str = "1", rows: int = 32):
+def profile(
+    worker_id: str,
+    role: str = "prefill",
+    *,
+    kv: int = 32_768,
+    incarnation: str = "1",
+    rows: int = 32,
+    node: str = "n0",
+) -> WorkerProfile:
     return WorkerProfile(
         worker_id=worker_id,
         role=role,
         incarnation=incarnation,
-        node="n0",
+        node=node,
         replica=worker_id,
         model_id="m",
         model_fingerprint="f",

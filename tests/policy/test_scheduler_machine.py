@@ -17,9 +17,25 @@ from tests.policy.fake_world import World
 class SchedulerMachine(RuleBasedStateMachine):
     policy = "pecsched"
 
-    @initialize(prefill=st.integers(1, 4), decode=st.integers(1, 2), threshold=st.sampled_from([100, 2_048]))
-    def start(self, prefill: int, decode: int, threshold: int) -> None:
-        config = SchedulerConfig(policy=self.policy, threshold_tokens=threshold, attempts_max=1_000)
+    @initialize(
+        prefill=st.integers(1, 5),
+        decode=st.integers(1, 2),
+        threshold=st.sampled_from([100, 2_048]),
+        group_max=st.sampled_from([1, 4]),
+        switches=st.sampled_from(
+            [
+                {},
+                {"preemption": False},
+                {"colocation": False},
+                {"disaggregation": False},
+                {"long_order": "arrival"},
+                {"shorts_spare": 1.5},
+            ]
+        ),
+    )
+    def start(self, prefill: int, decode: int, threshold: int, group_max: int, switches: dict[str, object]) -> None:
+        settings = {"threshold_tokens": threshold, "attempts_max": 1_000, "group_max": group_max} | switches
+        config = SchedulerConfig(policy=self.policy, **settings)
         self.world = World(config, prefill=prefill, decode=decode)
         self.serial = 0
 
