@@ -1,0 +1,450 @@
+"""Time of the work of one replica of a model on a processor, from coefficients.
+
+A pass over n tokens takes, in each of its layers, with W weights there, T-way tensor parallel:
+
+- matmuls: every weight is read once and multiplied n times, whichever takes longer; near the crossing neither hides
+  the other wholly: `W/T · ((bytes/memory)^k + (2n/linear_flops)^k)^(1/k)` (k → ∞ is the roofline's max);
+- a fixed part, and norms, rotations and activations: bytes moved per token;
+- two all-reduces of n·hidden elements if T > 1: `latency + 2(T−1)/T · bytes / bandwidth` (a ring's volume);
+- attention: `4 · pairs · heads/T · head_dim` FLOPs (two matmuls, a multiply-add counts 2; a causal pass over n tokens after
+  p sees n·p + n(n+1)/2 pairs), or the time to read the KV, whichever is longer;
+
+and once the output head, for one token of each sequence. Decoding is the same with one token per sequence;
+there attention is bound by reading the KV.
+
+FLOPs count a multiply-add as 2 in this file. Nothing here reads files: `common.coefficients` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Protocol
+
+from common.messages.base import Record
+from common.messages.cluster import StepCost
+from common.policy import costs
+from common.units import Seconds
+
+FLOPS_PER_MAC = 2
+ATTENTION_MATMULS = 2
+"""Queries times keys, and weights times values."""
+
+STEP_S_MAX = 0.010
+"""Default bound of a step (one layer of one chunk), in seconds."""
+CHUNK_TOKENS_MAX = 4_096
+"""Default bound of a chunk: the matmuls' rate no longer rises with more tokens."""
+
+_STEP_COST_TOKENS = tuple(1 << power for power in range(8, 14))
+"""Sizes of the passes that `CostModel.step_cost` is fitted to: what shorts and chunks are."""
+
+
+class ModelShape(Record, frozen=True, kw_only=True):
+    """What a decoder-only transformer's costs depend on. Embedding and output head are separate matrices."""
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    """Width of the MLP."""
+    vocab: int
+    gated: bool = True
+    """The MLP has a gate beside its up projection (SwiGLU): three matrices, not two."""
+    dtype_bytes: int = 2
+
+    @property
+    def qkv_weights(self) -> int:
+        """Elements of the query, key and value projections of one layer."""
+        return self.hidden * (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def out_weights(self) -> int:
+        """Elements of the output projection of one layer's attention."""
+        return self.heads * self.head_dim * self.hidden
+
+    @property
+    def mlp_weights(self) -> int:
+        """Elements of one layer's MLP."""
+        return (3 if self.gated else 2) * self.hidden * self.ffn
+
+    @property
+    def linear_macs_per_token(self) -> int:
+        """Multiply-adds (counted once) of one layer's matmuls for one token: one per weight."""
+        return self.qkv_weights + self.out_weights + self.mlp_weights
+
+    @property
+    def head_weights(self) -> int:
+        """Elements of the output head; the embedding has as many."""
+        return self.hidden * self.vocab
+
+    @property
+    def activation_width(self) -> int:
+        """Elements per token and layer that tensor parallelism splits and that pass through kernels other than
+        matmuls: rotated queries and keys, the MLP's activation."""
+        return (self.heads + self.kv_heads) * self.head_dim + (2 if self.gated else 1) * self.ffn
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the whole model: layers with their two norms, embedding, head, last norm."""
+        layer = self.linear_macs_per_token + 2 * self.hidden
+        return self.dtype_bytes * (self.layers * layer + 2 * self.head_weights + self.hidden)
+
+    @property
+    def kv_bytes_per_layer(self) -> int:
+        """Of one token in one layer, keys and values."""
+        return 2 * self.kv_heads * self.head_dim * self.dtype_bytes
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of one token in all layers."""
+        return self.layers * self.kv_bytes_per_layer
+
+
+def _shape(name: str, layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab: int) -> ModelShape:
+    return ModelShape(
+        name=name,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=hidden // heads,
+        ffn=ffn,
+        vocab=vocab,
+    )
+
+
+MODELS: Mapping[str, ModelShape] = MappingProxyType(
+    {
+        shape.name: shape
+        for shape in (
+            _shape("mistral-7b", 32, 4096, 32, 8, 14336, 32768),  # Mistral-7B-v0.3
+            _shape("phi-3-14b", 40, 5120, 40, 10, 17920, 32064),  # Phi-3-medium-128k
+            _shape("yi-34b", 60, 7168, 56, 8, 20480, 64000),  # Yi-34B-200K
+            _shape("llama-3.1-70b", 80, 8192, 64, 8, 28672, 128256),
+        )
+    }
+)
+"""From the models' published `config.json`."""
+
+
+class Link(Record, frozen=True, kw_only=True):
+    """A way between processors."""
+
+    latency_s: Seconds
+    bytes_s: float
+    """Bytes per second, one direction."""
+
+    def seconds(self, size: float) -> float:
+        """To move `size` bytes in one message."""
+        return self.latency_s + size / self.bytes_s
+
+
+class Coefficients(Record, frozen=True, kw_only=True):
+    """Of one kind of processor. `sources` says for each field where its value is from."""
+
+    name: str
+    source: str
+    """Of the fitted ones, as a whole."""
+    sources: dict[str, str]
+    """Field → fit, data sheet or ASSUMPTION, in words."""
+    memory_bytes: int
+    """Of one processor. Data sheet."""
+    memory_share: float
+    """Of the memory, for weights and KV; the rest is activations and buffers. ASSUMPTION."""
+    linear_flops: float
+    """FLOP/s that large matmuls reach (a multiply-add counts 2). Fitted."""
+    memory_bytes_s: float
+    """Bytes per second that small matmuls reach reading weights. Fitted; taken for reading KV too."""
+    roofline_power: float
+    """k of the file's formula: how sharply the matmuls' time turns from memory to arithmetic. Fitted."""
+    layer_s: Seconds
+    """Fixed part of one layer's matmuls: launches, and tiles not filled. Fitted."""
+    other_s: Seconds
+    """Fixed part of one layer's norms, rotations, activations, additions. Fitted."""
+    norm_element_s: float
+    """Of those kernels, per token and element of the hidden state, which every rank computes whole. Fitted."""
+    activation_element_s: float
+    """Of those kernels, per token and element of `ModelShape.activation_width` / T. Fitted."""
+    attention_flops: float
+    """FLOP/s of causal attention in prefill. ASSUMPTION: 60 % of the dense bf16 peak."""
+    all_reduce: Link
+    """Inside a node; `bytes_s` is of a rank's own link, which a ring loads with 2(w−1)/w of the message. Fitted."""
+    intra_node: Link
+    """From one processor to another of its node, send/receive. Fitted."""
+    inter_node: Link
+    """Latency fitted; `bytes_s` is of a whole node, shared by its processors. ASSUMPTION: 400 Gb/s."""
+
+
+class ReplicaCosts(Protocol):
+    """What a simulated replica asks; `CostModel` and `StepCostModel` answer."""
+
+    kv_capacity_tokens: int
+
+    def pass_s(self, tokens: int, past: int = 0) -> float: ...
+
+    def batch_s(self, lengths: Sequence[int]) -> float: ...
+
+    def decode_step_s(self, rows: int, kv_tokens: int) -> float: ...
+
+    def shared_step_s(self, short_tokens: int, rows: int, kv_tokens: int) -> float: ...
+
+    def kv_transfer_s(self, tokens: int, *, same_node: bool) -> float: ...
+
+    def step_s(self, tokens: int, past: int) -> float: ...
+
+    def step_cost(self) -> StepCost: ...
+
+
+class CostModel:
+    """One replica of a model: `tp` processors of one node."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        coefficients: Coefficients,
+        tp: int,
+        gpus_per_node: int,
+        *,
+        step_s_max: float = STEP_S_MAX,
+        chunk_tokens_max: int = CHUNK_TOKENS_MAX,
+    ) -> None:
+        """Raises: ValueError where `tp` does not divide what it splits, or the weights do not fit."""
+        _check_tp(shape, tp, gpus_per_node)
+        self.shape = shape
+        self.coefficients = coefficients
+        self.tp = tp
+        self.gpus_per_node = gpus_per_node
+        self.step_s_max = step_s_max
+        self.chunk_tokens_max = chunk_tokens_max
+        self.kv_capacity_tokens = _kv_capacity_tokens(shape, coefficients, tp)
+        """Tokens of KV for which one replica has room."""
+        c = coefficients
+        reduces = 2 * shape.layers if tp > 1 else 0
+        layer_fixed_s = c.layer_s + c.other_s
+        self._fixed_s = shape.layers * layer_fixed_s + reduces * c.all_reduce.latency_s
+        reduce_bytes = 2 * (tp - 1) / tp * shape.hidden * shape.dtype_bytes
+        self._token_s = shape.layers * self._other_token_s() + reduces * reduce_bytes / c.all_reduce.bytes_s
+        weights = shape.layers * shape.linear_macs_per_token / tp
+        k = c.roofline_power
+        self._k = k
+        self._read_k = (shape.dtype_bytes * weights / c.memory_bytes_s) ** k
+        self._macs_s = FLOPS_PER_MAC * weights / c.linear_flops
+        head = shape.head_weights / tp
+        self._head_read_k = (shape.dtype_bytes * head / c.memory_bytes_s) ** k
+        self._head_macs_s = FLOPS_PER_MAC * head / c.linear_flops
+        self._one_head_s = self._head_s(1)
+        self._pair_s = shape.layers * self.attention_s(1, shape.heads / tp)
+        self._kv_read_s = shape.kv_bytes_per_token / tp / c.memory_bytes_s
+        self._step_cost = self._fit_step_cost()
+
+    def __repr__(self) -> str:
+        return f"CostModel({self.shape.name} on {self.tp} x {self.coefficients.name})"
+
+    def pass_s(self, tokens: int, past: int = 0) -> float:
+        """Seconds of one pass over `tokens` new tokens of one sequence, with `past` tokens of KV before them."""
+        pairs = tokens * (past + (tokens + 1) * 0.5)
+        attention_s = max(pairs * self._pair_s, (past + tokens) * self._kv_read_s)
+        return self._linear_s(tokens) + attention_s + self._one_head_s
+
+    def batch_s(self, lengths: Sequence[int]) -> float:
+        """Seconds of one pass over whole prompts of these lengths, back to back without padding."""
+        if not lengths:
+            return 0.0
+        tokens = 0
+        pairs = 0.0
+        for length in lengths:
+            tokens += length
+            pairs += length * (length + 1) * 0.5
+        attention_s = max(pairs * self._pair_s, tokens * self._kv_read_s)
+        return self._linear_s(tokens) + attention_s + self._head_s(len(lengths))
+
+    def decode_step_s(self, rows: int, kv_tokens: int) -> float:
+        """Seconds of one token for each of `rows` sequences, which have `kv_tokens` of KV in all."""
+        return self._linear_s(rows) + kv_tokens * self._kv_read_s + self._head_s(rows)
+
+    def shared_step_s(self, short_tokens: int, rows: int, kv_tokens: int) -> float:
+        """Seconds of a decode step in which `short_tokens` of prefill ride along. Their attention is counted as
+        that of one prompt: an upper bound."""
+        attention_s = short_tokens * (short_tokens + 1) * 0.5 * self._pair_s + kv_tokens * self._kv_read_s
+        return self._linear_s(short_tokens + rows) + attention_s + self._head_s(rows + (short_tokens > 0))
+
+    def kv_transfer_s(self, tokens: int, *, same_node: bool) -> float:
+        """Seconds to move the KV of `tokens` to another replica, if nothing else moves: every rank sends its heads to
+        its counterpart; between nodes they share the node's bandwidth."""
+        size = tokens * self.shape.kv_bytes_per_token
+        if same_node:
+            return self.coefficients.intra_node.seconds(size / self.tp)
+        return self.coefficients.inter_node.seconds(size)
+
+    def step_s(self, tokens: int, past: int) -> float:
+        """Seconds of the longest step, one layer of one chunk, of a prefill of `tokens` new tokens after `past`: what
+        a pause waits for at most. Chunks shrink as the past grows, so it is the first's or the last's."""
+        end = past + tokens
+        first = min(tokens, self.chunk_tokens(past))
+        last = min(tokens, self.chunk_tokens(end))
+        return max(self._layer_s(first, past), self._layer_s(last, end - last))
+
+    def chunk_tokens(self, past: int) -> int:
+        """The largest chunk whose steps stay below `step_s_max` with `past` tokens before it."""
+        return costs.chunk_tokens(
+            self._step_cost,
+            self.shape.layers,
+            past,
+            step_s_max=self.step_s_max,
+            tokens_max=self.chunk_tokens_max,
+        )
+
+    def step_cost(self) -> StepCost:
+        """The same costs in the form that workers announce: fitted to passes of 256 to 8,192 tokens (least squared
+        relative error); attention is exact."""
+        return self._step_cost
+
+    def matmul_s(self, weights: float, tokens: float) -> float:
+        """Seconds to multiply `tokens` rows by a matrix of `weights` elements, on one processor."""
+        c = self.coefficients
+        read = self.shape.dtype_bytes / c.memory_bytes_s
+        macs = FLOPS_PER_MAC * tokens / c.linear_flops
+        return float(weights * (read**self._k + macs**self._k) ** (1 / self._k))
+
+    def attention_s(self, pairs: float, heads: float) -> float:
+        """Seconds of one layer's attention over so many pairs of tokens, with `heads` query heads, on one
+        processor."""
+        flops = FLOPS_PER_MAC * ATTENTION_MATMULS * pairs * heads * self.shape.head_dim
+        return flops / self.coefficients.attention_flops
+
+    def _layer_s(self, tokens: int, past: int) -> float:
+        return (self.pass_s(tokens, past) - self._one_head_s) / self.shape.layers
+
+    def _linear_s(self, tokens: int) -> float:
+        """Everything of all layers but attention."""
+        matmuls_s: float = (self._read_k + (tokens * self._macs_s) ** self._k) ** (1 / self._k)
+        return matmuls_s + self._fixed_s + tokens * self._token_s
+
+    def _head_s(self, rows: int) -> float:
+        seconds: float = (self._head_read_k + (rows * self._head_macs_s) ** self._k) ** (1 / self._k)
+        return seconds
+
+    def _other_token_s(self) -> float:
+        """Per token and layer, of the kernels that are neither matmul nor attention."""
+        c = self.coefficients
+        return c.norm_element_s * self.shape.hidden + c.activation_element_s * self.shape.activation_width / self.tp
+
+    def _fit_step_cost(self) -> StepCost:
+        sizes = _STEP_COST_TOKENS
+        seconds = [self._linear_s(tokens) + self._one_head_s for tokens in sizes]
+        pass_s, token_s = _line(sizes, seconds)
+        return StepCost(pass_s=max(0.0, pass_s), token_s=token_s, pair_s=self._pair_s)
+
+
+class StepCostModel:
+    """A live worker's own measurements behind the same methods."""
+
+    def __init__(
+        self,
+        prefill: StepCost,
+        decode: StepCost,
+        *,
+        layers: int,
+        kv_capacity_tokens: int,
+        kv_bytes_per_token: int,
+        link: Link,
+        step_s_max: float = STEP_S_MAX,
+        chunk_tokens_max: int = 512,
+    ) -> None:
+        """`decode`: of a decode worker's step, its tokens the rows, its pairs the tokens of KV they attend to.
+        `link`: the data plane between two workers."""
+        self.layers = layers
+        self.kv_capacity_tokens = kv_capacity_tokens
+        self.step_s_max = step_s_max
+        self.chunk_tokens_max = chunk_tokens_max
+        self._prefill = prefill
+        self._decode = decode
+        self._kv_bytes_per_token = kv_bytes_per_token
+        self._link = link
+
+    def pass_s(self, tokens: int, past: int = 0) -> float:
+        """See `CostModel`."""
+        return costs.pass_s(self._prefill, tokens, past)
+
+    def batch_s(self, lengths: Sequence[int]) -> float:
+        """See `CostModel`."""
+        if not lengths:
+            return 0.0
+        cost = self._prefill
+        pairs = sum(length * length for length in lengths) * 0.5
+        return cost.pass_s + cost.token_s * sum(lengths) + cost.pair_s * pairs
+
+    def decode_step_s(self, rows: int, kv_tokens: int) -> float:
+        """See `CostModel`."""
+        cost = self._decode
+        return cost.pass_s + cost.token_s * rows + cost.pair_s * kv_tokens
+
+    def shared_step_s(self, short_tokens: int, rows: int, kv_tokens: int) -> float:
+        """See `CostModel`. A prefill worker's pass, in which the rows are tokens with a past."""
+        cost = self._prefill
+        pairs = short_tokens * short_tokens * 0.5 + kv_tokens
+        return cost.pass_s + cost.token_s * (short_tokens + rows) + cost.pair_s * pairs
+
+    def kv_transfer_s(self, tokens: int, *, same_node: bool) -> float:
+        """See `CostModel`. Workers of one machine and of two are not told apart: one link was measured."""
+        return self._link.seconds(tokens * self._kv_bytes_per_token)
+
+    def step_s(self, tokens: int, past: int) -> float:
+        """See `CostModel`."""
+        end = past + tokens
+        first = min(tokens, self.chunk_tokens(past))
+        last = min(tokens, self.chunk_tokens(end))
+        return max(self.pass_s(first, past), self.pass_s(last, end - last)) / self.layers
+
+    def chunk_tokens(self, past: int) -> int:
+        """See `CostModel`."""
+        return costs.chunk_tokens(
+            self._prefill, self.layers, past, step_s_max=self.step_s_max, tokens_max=self.chunk_tokens_max
+        )
+
+    def step_cost(self) -> StepCost:
+        """As measured."""
+        return self._prefill
+
+
+def _check_tp(shape: ModelShape, tp: int, gpus_per_node: int) -> None:
+    """Raises: ValueError."""
+    if tp < 1 or gpus_per_node < 1:
+        raise ValueError(f"tp {tp} on {gpus_per_node} GPUs per node: both must be 1 or more")
+    if gpus_per_node % tp:
+        raise ValueError(
+            f"tp {tp} does not divide the {gpus_per_node} GPUs of a node (a replica stays in one): "
+            f"choose a tp that divides {gpus_per_node}"
+        )
+    for parts, count in (("heads", shape.heads), ("KV heads", shape.kv_heads), ("MLP columns", shape.ffn)):
+        if count % tp:
+            raise ValueError(f"{shape.name}: tp {tp} does not divide its {count} {parts}: choose a tp that does")
+
+
+def _kv_capacity_tokens(shape: ModelShape, coefficients: Coefficients, tp: int) -> int:
+    """Raises: ValueError where not even the KV of one token fits beside the weights."""
+    usable = coefficients.memory_bytes * coefficients.memory_share * tp
+    tokens = int((usable - shape.weight_bytes) // shape.kv_bytes_per_token)
+    if tokens < 1:
+        raise ValueError(
+            f"{shape.name}: its weights take {shape.weight_bytes / 1e9:.1f} GB, and {tp} x {coefficients.name} have "
+            f"{usable / 1e9:.1f} GB for weights and KV: raise tp, or choose a smaller model"
+        )
+    return tokens
+
+
+def _line(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
+    """Intercept and slope with the least squared relative error. (No numpy: the policy has no dependencies.)"""
+    weights = [1 / (took * took) for took in seconds]
+    total = sum(weights)
+    size_mean = sum(w * size for w, size in zip(weights, sizes, strict=True)) / total
+    took_mean = sum(w * took for w, took in zip(weights, seconds, strict=True)) / total
+    products = sum(
+        w * (size - size_mean) * (took - took_mean) for w, size, took in zip(weights, sizes, seconds, strict=True)
+    )
+    squares = sum(w * (size - size_mean) ** 2 for w, size in zip(weights, sizes, strict=True))
+    slope = products / squares
+    return took_mean - slope * size_mean, slope
