@@ -2,12 +2,14 @@
 
 A pass over n tokens takes, in each of its layers, with W weights there, T-way tensor parallel:
 
-- matmuls: every weight is read once and multiplied n times, whichever takes longer; near the crossing neither hides
-  the other wholly: `W/T · ((bytes/memory)^k + (2n/linear_flops)^k)^(1/k)` (k → ∞ is the roofline's max);
-- a fixed part, and norms, rotations and activations: bytes moved per token;
+- matmuls: every weight is read once and multiplied n times, and near the point where both take as long neither hides
+  the other: `W/T · sqrt((bytes/memory_bytes_s)² + (2n/linear_flops)²)`. (The roofline's max is 20 % too low there;
+  with the power left free, the profiles of A100 and H100 gave 2.02 and 1.97.)
+- norms, rotations and activations: a fixed part, then per token and element, but not below so many tokens;
+- what of a layer is fixed: launches, tiles not filled;
 - two all-reduces of n·hidden elements if T > 1: `latency + 2(T−1)/T · bytes / bandwidth` (a ring's volume);
-- attention: `4 · pairs · heads/T · head_dim` FLOPs (two matmuls, a multiply-add counts 2; a causal pass over n tokens after
-  p sees n·p + n(n+1)/2 pairs), or the time to read the KV, whichever is longer;
+- attention: `4 · pairs · heads/T · head_dim` FLOPs (two matmuls, a multiply-add counts 2; a causal pass over n tokens
+  after p sees n·p + n(n+1)/2 pairs), or the time to read the KV, whichever is longer;
 
 and once the output head, for one token of each sequence. Decoding is the same with one token per sequence;
 there attention is bound by reading the KV.
@@ -17,9 +19,12 @@ FLOPs count a multiply-add as 2 in this file. Nothing here reads files: `common.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
+
+import msgspec
 
 from common.messages.base import Record
 from common.messages.cluster import StepCost
@@ -152,30 +157,53 @@ class Coefficients(Record, frozen=True, kw_only=True):
     """Field → fit, data sheet or ASSUMPTION, in words."""
     memory_bytes: int
     """Of one processor. Data sheet."""
+    peak_flops: float
+    """Dense bf16 FLOP/s. Data sheet; nothing here reaches it."""
     memory_share: float
     """Of the memory, for weights and KV; the rest is activations and buffers. ASSUMPTION."""
     linear_flops: float
     """FLOP/s that large matmuls reach (a multiply-add counts 2). Fitted."""
     memory_bytes_s: float
     """Bytes per second that small matmuls reach reading weights. Fitted; taken for reading KV too."""
-    roofline_power: float
-    """k of the file's formula: how sharply the matmuls' time turns from memory to arithmetic. Fitted."""
     layer_s: Seconds
     """Fixed part of one layer's matmuls: launches, and tiles not filled. Fitted."""
     other_s: Seconds
     """Fixed part of one layer's norms, rotations, activations, additions. Fitted."""
+    other_tokens: float
+    """Below so many tokens those kernels take as long as with so many. Fitted."""
     norm_element_s: float
     """Of those kernels, per token and element of the hidden state, which every rank computes whole. Fitted."""
     activation_element_s: float
     """Of those kernels, per token and element of `ModelShape.activation_width` / T. Fitted."""
     attention_flops: float
-    """FLOP/s of causal attention in prefill. ASSUMPTION: 60 % of the dense bf16 peak."""
+    """FLOP/s of causal attention in prefill, over the pairs it needs. ASSUMPTION: 60 % of `peak_flops`."""
     all_reduce: Link
     """Inside a node; `bytes_s` is of a rank's own link, which a ring loads with 2(w−1)/w of the message. Fitted."""
     intra_node: Link
     """From one processor to another of its node, send/receive. Fitted."""
     inter_node: Link
     """Latency fitted; `bytes_s` is of a whole node, shared by its processors. ASSUMPTION: 400 Gb/s."""
+
+    def assuming(
+        self,
+        *,
+        attention_share: float | None = None,
+        inter_node_bytes_s: float | None = None,
+        memory_share: float | None = None,
+    ) -> Coefficients:
+        """The same with other assumptions; None keeps one. `attention_share`: of `peak_flops`."""
+        changed = self
+        if attention_share is not None:
+            changed = changed._with("attention_flops", attention_share * self.peak_flops)
+        if inter_node_bytes_s is not None:
+            changed = changed._with("inter_node", msgspec.structs.replace(self.inter_node, bytes_s=inter_node_bytes_s))
+        if memory_share is not None:
+            changed = changed._with("memory_share", memory_share)
+        return changed
+
+    def _with(self, field: str, value: float | Link) -> Coefficients:
+        sources = {**self.sources, field: "ASSUMPTION, set by the user"}
+        return msgspec.structs.replace(self, sources=sources, **{field: value})
 
 
 class ReplicaCosts(Protocol):
@@ -223,17 +251,18 @@ class CostModel:
         """Tokens of KV for which one replica has room."""
         c = coefficients
         reduces = 2 * shape.layers if tp > 1 else 0
-        layer_fixed_s = c.layer_s + c.other_s
-        self._fixed_s = shape.layers * layer_fixed_s + reduces * c.all_reduce.latency_s
+        self._fixed_s = shape.layers * (c.layer_s + c.other_s) + reduces * c.all_reduce.latency_s
         reduce_bytes = 2 * (tp - 1) / tp * shape.hidden * shape.dtype_bytes
-        self._token_s = shape.layers * self._other_token_s() + reduces * reduce_bytes / c.all_reduce.bytes_s
+        self._reduce_token_s = reduces * reduce_bytes / c.all_reduce.bytes_s
+        self._other_tokens = c.other_tokens
+        self._other_token_s = shape.layers * (
+            c.norm_element_s * shape.hidden + c.activation_element_s * shape.activation_width / tp
+        )
         weights = shape.layers * shape.linear_macs_per_token / tp
-        k = c.roofline_power
-        self._k = k
-        self._read_k = (shape.dtype_bytes * weights / c.memory_bytes_s) ** k
+        self._read_s = shape.dtype_bytes * weights / c.memory_bytes_s
         self._macs_s = FLOPS_PER_MAC * weights / c.linear_flops
         head = shape.head_weights / tp
-        self._head_read_k = (shape.dtype_bytes * head / c.memory_bytes_s) ** k
+        self._head_read_s = shape.dtype_bytes * head / c.memory_bytes_s
         self._head_macs_s = FLOPS_PER_MAC * head / c.linear_flops
         self._one_head_s = self._head_s(1)
         self._pair_s = shape.layers * self.attention_s(1, shape.heads / tp)
@@ -305,9 +334,15 @@ class CostModel:
     def matmul_s(self, weights: float, tokens: float) -> float:
         """Seconds to multiply `tokens` rows by a matrix of `weights` elements, on one processor."""
         c = self.coefficients
-        read = self.shape.dtype_bytes / c.memory_bytes_s
-        macs = FLOPS_PER_MAC * tokens / c.linear_flops
-        return float(weights * (read**self._k + macs**self._k) ** (1 / self._k))
+        read_s = self.shape.dtype_bytes / c.memory_bytes_s
+        return weights * math.hypot(read_s, tokens * FLOPS_PER_MAC / c.linear_flops)
+
+    def other_s(self, tokens: float, parts: float) -> float:
+        """Seconds of one layer's kernels that are neither matmul nor attention, the fixed part and that of the
+        matmuls included, on one of `parts` processors that split heads and MLP columns."""
+        c = self.coefficients
+        element_s = c.norm_element_s * self.shape.hidden + c.activation_element_s * self.shape.activation_width / parts
+        return c.layer_s + c.other_s + max(tokens, c.other_tokens) * element_s
 
     def attention_s(self, pairs: float, heads: float) -> float:
         """Seconds of one layer's attention over so many pairs of tokens, with `heads` query heads, on one
@@ -320,17 +355,12 @@ class CostModel:
 
     def _linear_s(self, tokens: int) -> float:
         """Everything of all layers but attention."""
-        matmuls_s: float = (self._read_k + (tokens * self._macs_s) ** self._k) ** (1 / self._k)
-        return matmuls_s + self._fixed_s + tokens * self._token_s
+        matmuls_s = math.hypot(self._read_s, tokens * self._macs_s)
+        other_s = max(tokens, self._other_tokens) * self._other_token_s
+        return matmuls_s + other_s + self._fixed_s + tokens * self._reduce_token_s
 
     def _head_s(self, rows: int) -> float:
-        seconds: float = (self._head_read_k + (rows * self._head_macs_s) ** self._k) ** (1 / self._k)
-        return seconds
-
-    def _other_token_s(self) -> float:
-        """Per token and layer, of the kernels that are neither matmul nor attention."""
-        c = self.coefficients
-        return c.norm_element_s * self.shape.hidden + c.activation_element_s * self.shape.activation_width / self.tp
+        return math.hypot(self._head_read_s, rows * self._head_macs_s)
 
     def _fit_step_cost(self) -> StepCost:
         sizes = _STEP_COST_TOKENS
