@@ -20,8 +20,7 @@ FLOPs count a multiply-add as 2 in this file. Nothing here reads files: `common.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -29,6 +28,8 @@ import msgspec
 from common.messages.base import Record
 from common.messages.cluster import StepCost
 from common.policy import costs
+from common.policy.model_shapes import MODELS as MODELS
+from common.policy.model_shapes import ModelShape as ModelShape
 from common.units import Seconds
 
 FLOPS_PER_MAC = 2
@@ -42,97 +43,6 @@ CHUNK_TOKENS_MAX = 4_096
 
 _STEP_COST_TOKENS = tuple(1 << power for power in range(8, 14))
 """Sizes of the passes that `CostModel.step_cost` is fitted to: what shorts and chunks are."""
-
-
-class ModelShape(Record, frozen=True, kw_only=True):
-    """What a decoder-only transformer's costs depend on. Embedding and output head are separate matrices."""
-
-    name: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    """Width of the MLP."""
-    vocab: int
-    gated: bool = True
-    """The MLP has a gate beside its up projection (SwiGLU): three matrices, not two."""
-    dtype_bytes: int = 2
-
-    @property
-    def qkv_weights(self) -> int:
-        """Elements of the query, key and value projections of one layer."""
-        return self.hidden * (self.heads + 2 * self.kv_heads) * self.head_dim
-
-    @property
-    def out_weights(self) -> int:
-        """Elements of the output projection of one layer's attention."""
-        return self.heads * self.head_dim * self.hidden
-
-    @property
-    def mlp_weights(self) -> int:
-        """Elements of one layer's MLP."""
-        return (3 if self.gated else 2) * self.hidden * self.ffn
-
-    @property
-    def linear_macs_per_token(self) -> int:
-        """Multiply-adds (counted once) of one layer's matmuls for one token: one per weight."""
-        return self.qkv_weights + self.out_weights + self.mlp_weights
-
-    @property
-    def head_weights(self) -> int:
-        """Elements of the output head; the embedding has as many."""
-        return self.hidden * self.vocab
-
-    @property
-    def activation_width(self) -> int:
-        """Elements per token and layer that tensor parallelism splits and that pass through kernels other than
-        matmuls: rotated queries and keys, the MLP's activation."""
-        return (self.heads + self.kv_heads) * self.head_dim + (2 if self.gated else 1) * self.ffn
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of the whole model: layers with their two norms, embedding, head, last norm."""
-        layer = self.linear_macs_per_token + 2 * self.hidden
-        return self.dtype_bytes * (self.layers * layer + 2 * self.head_weights + self.hidden)
-
-    @property
-    def kv_bytes_per_layer(self) -> int:
-        """Of one token in one layer, keys and values."""
-        return 2 * self.kv_heads * self.head_dim * self.dtype_bytes
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Of one token in all layers."""
-        return self.layers * self.kv_bytes_per_layer
-
-
-def _shape(name: str, layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab: int) -> ModelShape:
-    return ModelShape(
-        name=name,
-        layers=layers,
-        hidden=hidden,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=hidden // heads,
-        ffn=ffn,
-        vocab=vocab,
-    )
-
-
-MODELS: Mapping[str, ModelShape] = MappingProxyType(
-    {
-        shape.name: shape
-        for shape in (
-            _shape("mistral-7b", 32, 4096, 32, 8, 14336, 32768),  # Mistral-7B-v0.3
-            _shape("phi-3-14b", 40, 5120, 40, 10, 17920, 32064),  # Phi-3-medium-128k
-            _shape("yi-34b", 60, 7168, 56, 8, 20480, 64000),  # Yi-34B-200K
-            _shape("llama-3.1-70b", 80, 8192, 64, 8, 28672, 128256),
-        )
-    }
-)
-"""From the models' published `config.json`."""
 
 
 class Link(Record, frozen=True, kw_only=True):
@@ -310,11 +220,8 @@ class CostModel:
 
     def step_s(self, tokens: int, past: int) -> float:
         """Seconds of the longest step, one layer of one chunk, of a prefill of `tokens` new tokens after `past`: what
-        a pause waits for at most. Chunks shrink as the past grows, so it is the first's or the last's."""
-        end = past + tokens
-        first = min(tokens, self.chunk_tokens(past))
-        last = min(tokens, self.chunk_tokens(end))
-        return max(self._layer_s(first, past), self._layer_s(last, end - last))
+        a pause waits for at most. Exact but for the error of `step_cost`, by which chunks are cut."""
+        return _longest_step_s(self, tokens, past, self._layer_s)
 
     def chunk_tokens(self, past: int) -> int:
         """The largest chunk whose steps stay below `step_s_max` with `past` tokens before it."""
@@ -381,11 +288,11 @@ class StepCostModel:
         kv_capacity_tokens: int,
         kv_bytes_per_token: int,
         link: Link,
-        step_s_max: float = STEP_S_MAX,
-        chunk_tokens_max: int = 512,
+        step_s_max: float,
+        chunk_tokens_max: int,
     ) -> None:
         """`decode`: of a decode worker's step, its tokens the rows, its pairs the tokens of KV they attend to.
-        `link`: the data plane between two workers."""
+        `link`: the data plane between two workers. `step_s_max`, `chunk_tokens_max`: the worker's settings."""
         self.layers = layers
         self.kv_capacity_tokens = kv_capacity_tokens
         self.step_s_max = step_s_max
@@ -424,10 +331,7 @@ class StepCostModel:
 
     def step_s(self, tokens: int, past: int) -> float:
         """See `CostModel`."""
-        end = past + tokens
-        first = min(tokens, self.chunk_tokens(past))
-        last = min(tokens, self.chunk_tokens(end))
-        return max(self.pass_s(first, past), self.pass_s(last, end - last)) / self.layers
+        return _longest_step_s(self, tokens, past, lambda chunk, before: self.pass_s(chunk, before) / self.layers)
 
     def chunk_tokens(self, past: int) -> int:
         """See `CostModel`."""
@@ -464,6 +368,23 @@ def _kv_capacity_tokens(shape: ModelShape, coefficients: Coefficients, tp: int) 
             f"{usable / 1e9:.1f} GB for weights and KV: raise tp, or choose a smaller model"
         )
     return tokens
+
+
+class _Chunks(Protocol):
+    step_s_max: float
+    chunk_tokens_max: int
+
+    def chunk_tokens(self, past: int) -> int: ...
+
+
+def _longest_step_s(model: _Chunks, tokens: int, past: int, layer_s: Callable[[int, int], float]) -> float:
+    """Of all chunks of a prefill. They shrink as the past grows: steps lengthen until the budget cuts the chunks, reach
+    it, and pass it once a chunk is of one grain."""
+    end = past + tokens
+    first = min(tokens, model.chunk_tokens(past))
+    last = min(tokens, model.chunk_tokens(end))
+    ends_s = max(layer_s(first, past), layer_s(last, end - last))
+    return max(ends_s, model.step_s_max) if last < min(tokens, model.chunk_tokens_max) else ends_s
 
 
 def _line(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
