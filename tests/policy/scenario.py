@@ -2,9 +2,14 @@
 
 A line `TIME VERB ARGS…` is an event; lines that start with `→` are what the scheduler answered. `pytest
 --golden-write` rewrites the answers; review the diff.
+
+`set group_max=N tokens_per_replica=T` lets longs take groups: one replica per T tokens of prompt.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 from common.messages.cluster import (
     CoordinatorHeartbeat,
@@ -41,6 +46,7 @@ from common.messages.sp import (
 )
 from common.policy.cluster import SchedulerConfig
 from common.policy.core import TimePassed
+from common.policy.long_planner import Layout
 from common.policy.scheduler import Scheduler
 from common.policy.scheduler_io import EndBusRequest, ForgetRequest, SaveRequest, SchedulerCommand, SchedulerEvent
 
@@ -74,6 +80,20 @@ def profile(
     )
 
 
+class PerReplicaPlanner:
+    """So many tokens to a replica, if their KV has room; each prefills 1,000 tokens a second."""
+
+    def __init__(self, tokens_per_replica: int) -> None:
+        self._tokens_per_replica = tokens_per_replica
+
+    def degree(self, tokens: int, kv_tokens: int, free_by_node: Sequence[int], kv_free_tokens: int) -> int:
+        needed = math.ceil(tokens / self._tokens_per_replica)
+        return needed if needed <= sum(free_by_node) and kv_tokens <= needed * kv_free_tokens else 0
+
+    def prefill_s(self, tokens: int, layout: Layout) -> float:
+        return tokens / sum(layout) / 1_000
+
+
 def spec(request_id: str, tokens: int, *, max_tokens: int = 16, attempt: int = 0, router: str = "r", **more):
     return RequestSpec(
         request_id=request_id,
@@ -103,7 +123,8 @@ def parse_event(verb: str, args: list[str], options: dict[str, str]) -> Schedule
                 for r in options.get("holds", "").split(",")
                 if r
             )
-            me = profile(name, role, kv=kv, incarnation=options.get("incarnation", "1"))
+            node = options.get("node", "n0")
+            me = profile(name, role, kv=kv, incarnation=options.get("incarnation", "1"), node=node)
             return WorkerHeartbeat(profile=me, holdings=holdings)
         case "left":
             return WorkerLeft(worker_id=name, incarnation="1")
@@ -196,6 +217,7 @@ def render(command: SchedulerCommand) -> str:
 def replay(text: str) -> str:
     """Run a scenario; return its text with the answers as they are now. `check()` runs after each event."""
     settings: dict[str, object] = {}
+    planner: PerReplicaPlanner | None = None
     scheduler: Scheduler | None = None
     out: list[str] = []
     for line in text.splitlines():
@@ -208,10 +230,13 @@ def replay(text: str) -> str:
         if words[0] == "set":
             for word in words[1:]:
                 key, value = word.split("=")
+                if key == "tokens_per_replica":
+                    planner = PerReplicaPlanner(int(value))
+                    continue
                 settings[key] = value if key == "policy" else type(getattr(SchedulerConfig(), key))(value)
             continue
         if scheduler is None:
-            scheduler = Scheduler(SchedulerConfig(**settings), epoch=1)
+            scheduler = Scheduler(SchedulerConfig(**settings), epoch=1, planner=planner)
         options = dict(w.split("=", 1) for w in words[2:] if "=" in w)
         args = [w for w in words[2:] if "=" not in w]
         commands = scheduler.handle(parse_event(words[1], args, options), float(words[0]))
