@@ -13,7 +13,7 @@ from typing import Any
 import loadtest
 from common import logs
 from common.errors import PecSchedError
-from loadtest import engine, mixed, mixed_report, overhead, pause, report
+from loadtest import engine, fit_costs, mixed, mixed_report, overhead, pause, report
 
 EXIT_INTERRUPTED = 130
 
@@ -180,6 +180,13 @@ BENCHMARKS = {
     ),
     "pause": Benchmark("pause latency of one prefill worker", pause.__doc__, _pause_flags, _pause, pause.show),
     "engine": Benchmark("stepped prefill and decode steps", engine.__doc__, _engine_flags, _engine, engine.show),
+    "fit-costs": Benchmark(
+        "coefficients of a GPU from measured tables",
+        fit_costs.__doc__,
+        fit_costs.add_flags,
+        fit_costs.run_flags,
+        fit_costs.show,
+    ),
 }
 
 
