@@ -19,6 +19,7 @@ DtypeName = Literal["auto", "bfloat16", "float32"]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Count = Annotated[int, Meta(ge=1, le=100_000)]
 Duration = Annotated[float, Meta(gt=0.0, le=86_400.0)]
+Wait = Annotated[float, Meta(ge=0.0, le=86_400.0)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
@@ -75,7 +76,7 @@ class SchedulerSettings(CommonSettings, frozen=True, kw_only=True):
     pause_max_s: Annotated[Duration, Meta(description="longest single pause of a long prefill")] = 2.0
     pause_share_max: Annotated[Share, Meta(description="largest share of its time that a long prefill yields")] = 0.5
     pause_immunity_s: Annotated[Duration, Meta(description="after a pause, how long a prefill runs undisturbed")] = 0.1
-    pause_progress_max: Annotated[Share, Meta(description="a prefill further than this is not paused")] = 0.95
+    pause_remaining_min_s: Annotated[Wait, Meta(description="a prefill with less than this left is not paused")] = 0.1
     wait_instead_of_pause_s: Annotated[
         Duration, Meta(description="a short waits this long for a free replica rather than pause a long")
     ] = 0.05

@@ -36,7 +36,7 @@ class SchedulerConfig(Record, frozen=True, kw_only=True):
     pause_max_s: float = 2.0
     pause_share_max: float = 0.5
     pause_immunity_s: float = 0.1
-    pause_progress_max: float = 0.95
+    pause_remaining_min_s: float = 0.1
     wait_instead_of_pause_s: float = 0.05
     colocated_tokens_max: int = 192
     batch_tokens_max: int = 1_024

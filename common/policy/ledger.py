@@ -7,6 +7,7 @@ the store and the owners informed, so that a handler says only *what* happens. M
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import msgspec
@@ -17,12 +18,14 @@ from common.messages.prefill import DropRequest, RunPrefill
 from common.messages.records import RequestRecord
 from common.messages.scheduling import RequestAccepted, RequestFailed, RequestInterrupted, RequestRefused
 from common.messages.sp import DissolveGroup, FormGroup, PauseGroup, ResumeGroup
-from common.policy.baselines import FifoPolicy
 from common.policy.cluster import Cluster, Decoder, HoldKey, Replica, Request, SchedulerConfig, require
 from common.policy.decisions import SchedulingPolicy
+from common.policy.fifo import FifoPolicy
 from common.policy.lifecycle import IN_GROUP, RequestState, table_of
 from common.policy.long_planner import LongPlanner, SingleReplicaPlanner
 from common.policy.pecsched import PecSchedPolicy
+from common.policy.priority import PriorityPolicy
+from common.policy.reservation import ReservationPolicy
 from common.policy.scheduler_io import ForgetRequest, SaveRequest, SchedulerCommand
 from common.policy.story import StoryLog
 from common.policy.timers import Timers
@@ -32,13 +35,22 @@ from common.units import RequestId, RouterId, WorkerId
 ENDED_REMEMBERED_MAX = 10_000
 
 
+PolicyClass = Callable[[SchedulerConfig, LongPlanner], SchedulingPolicy]
+
+POLICIES: Mapping[str, PolicyClass] = {
+    "pecsched": PecSchedPolicy,
+    "fifo": FifoPolicy,
+    "reservation": ReservationPolicy,
+    "priority": PriorityPolicy,
+}
+
+
 def make_policy(config: SchedulerConfig, planner: LongPlanner) -> SchedulingPolicy:
     """Raises: ValueError for an unknown name."""
-    if config.policy == "pecsched":
-        return PecSchedPolicy(config, planner)
-    if config.policy == "fifo":
-        return FifoPolicy(config)
-    raise ValueError(f"unknown policy {config.policy!r}: use 'pecsched' or 'fifo'")
+    try:
+        return POLICIES[config.policy](config, planner)
+    except KeyError:
+        raise ValueError(f"unknown policy {config.policy!r}: use one of {', '.join(POLICIES)}") from None
 
 
 class Ledger:

@@ -55,7 +55,7 @@ def bounds_of(config: SchedulerConfig) -> PauseBounds:
         pause_max_s=config.pause_max_s,
         share_max=config.pause_share_max,
         immunity_s=config.pause_immunity_s,
-        progress_max=config.pause_progress_max,
+        remaining_min_s=config.pause_remaining_min_s,
     )
 
 
@@ -143,7 +143,7 @@ def place_short(cluster: Cluster, config: SchedulerConfig, request: Request, now
     paused = _by_pausing(cluster, config, request, wait_s, now_s) if config.preemption else NoPlace()
     if isinstance(paused, Place):
         return paused
-    return Place(free, "queue") if free else paused
+    return _behind_others(cluster, config, request, free) or paused
 
 
 def _least_queued(cluster: Cluster, config: SchedulerConfig, request: Request) -> Replica | None:
@@ -167,6 +167,19 @@ def _by_sharing(cluster: Cluster, config: SchedulerConfig, request: Request) -> 
         if not config.colocation and replica.queued_tokens == 0:
             return Place(replica, "exclude")
     return None
+
+
+def _behind_others(cluster: Cluster, config: SchedulerConfig, request: Request, free: Replica | None) -> Place | None:
+    """Nobody can take it at once: where it starts first, on a replica without longs or where longs decode (beyond
+    the cap, which the worker keeps to: the short waits, the long does not)."""
+    shared = None
+    if config.colocation:
+        candidates = (cluster.replicas[worker_id] for worker_id in cluster.decoding.least())
+        fitting = (r for r in candidates if _fits(r, request, config) and _has_batch_room(r, request, config))
+        shared = next(fitting, None)
+    if shared and (free is None or _wait_s(shared, config) < _wait_s(free, config)):
+        return Place(shared, "colocate")
+    return Place(free, "queue") if free else None
 
 
 def _by_pausing(

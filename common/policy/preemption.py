@@ -8,7 +8,8 @@ thrashes. A long prefill
   where P is the longest single pause (the second term is what it may yield at once at the start);
 - is not paused for longer than P at a time;
 - runs undisturbed for a while after each pause;
-- is not paused when it is nearly done.
+- is not paused when it is nearly done. How far it is, it says at each pause; the estimate alone would not do:
+  a long that its machine slows down would look nearly done long before it is, and hold up shorts all that time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class PauseBounds:
     pause_max_s: float
     share_max: float
     immunity_s: float
-    progress_max: float
+    remaining_min_s: float
+    """A prefill with less than this left is not paused."""
 
 
 @dataclass(slots=True)
@@ -40,8 +42,14 @@ class PauseAccount:
     paused_since_s: float | None = None
     immune_until_s: float = 0.0
     count: int = 0
+    done_share: float = 0.0
+    """Of its work, as it said at the last pause, after `done_s` of running; 0: it has said nothing yet."""
+    done_s: float = 0.0
 
-    def paused(self, now_s: float) -> None:
+    def paused(self, now_s: float, done_share: float = 0.0) -> None:
+        """`done_share`: how much of its work it has done, 0 … 1; 0: unknown."""
+        if done_share > 0.0:
+            self.done_share, self.done_s = done_share, self._ran_s(now_s)
         self.paused_since_s = now_s
         self.count += 1
 
@@ -56,10 +64,15 @@ class PauseAccount:
         running = 0.0 if self.paused_since_s is None else now_s - self.paused_since_s
         return self.suspended_s + running
 
-    def progress(self, now_s: float) -> float:
-        """Estimated share of the prefill done, 0 … 1."""
-        ran_s = now_s - self.started_s - self.suspended_by(now_s)
-        return min(1.0, ran_s / self.estimate_s) if self.estimate_s > 0 else 1.0
+    def _ran_s(self, now_s: float) -> float:
+        return now_s - self.started_s - self.suspended_by(now_s)
+
+    def nearly_done_until_s(self, now_s: float, bounds: PauseBounds) -> float:
+        """When it should be done, if that is soon; otherwise, now. By its own pace so far, or by the estimate until it
+        has said anything; once it has run for longer than that, nobody knows."""
+        whole_s = self.done_s / self.done_share if self.done_share > 0.0 else self.estimate_s
+        left_s = whole_s - self._ran_s(now_s)
+        return now_s + left_s if 0.0 < left_s < bounds.remaining_min_s else now_s
 
     def budget_s(self, now_s: float, bounds: PauseBounds) -> float:
         """How much more it may yield in all, as of now (negative: overdrawn)."""
@@ -67,13 +80,13 @@ class PauseAccount:
         return share * (now_s - self.started_s) + share * bounds.pause_max_s - self.suspended_by(now_s)
 
     def pausable_from_s(self, now_s: float, needed_s: float, bounds: PauseBounds) -> float | None:
-        """When a pause of `needed_s` may begin: now, later, or None: never again (nearly done)."""
-        if self.progress(now_s) >= bounds.progress_max or bounds.share_max <= 0.0:
+        """When a pause of `needed_s` may begin: now, later, or None: never."""
+        if bounds.share_max <= 0.0:
             return None
         needed_s = min(needed_s, bounds.pause_max_s)
         shortfall_s = needed_s - self.budget_s(now_s, bounds)
         earned_s = now_s + shortfall_s / bounds.share_max if shortfall_s > EPSILON_S else now_s
-        return max(earned_s, self.immune_until_s)
+        return max(earned_s, self.immune_until_s, self.nearly_done_until_s(now_s, bounds))
 
     def pause_left_s(self, now_s: float, bounds: PauseBounds) -> float:
         """How much longer the running pause may last. A pause earns no budget that it can spend itself:

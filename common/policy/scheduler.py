@@ -324,7 +324,9 @@ class Scheduler:
                 request.pauses.started_s = self._ledger.now_s
                 self._ledger.move(request, RequestState.RUNNING)
             case GroupPaused() if state is RequestState.PAUSING:
-                request.pauses.paused(self._ledger.now_s)
+                done_s = self._ledger.planner.prefill_s(event.prefilled_tokens, (1,))
+                whole_s = self._ledger.planner.prefill_s(request.tokens, (1,))
+                request.pauses.paused(self._ledger.now_s, done_s / whole_s if whole_s > 0.0 else 0.0)
                 self._counters["pauses"] += 1
                 self._ledger.move(request, RequestState.PAUSED)
             case GroupResumed() if state is RequestState.RESUMING:

@@ -47,7 +47,7 @@ async def serve_and_compare(
     reference = reference_model(folder)
     asked = prompts(reference.config.vocab_size, longest)
     expected = [reference_greedy(reference, prompt, NEW_TOKENS)[0] for prompt in asked]
-    async with torch_cluster(folder, threshold_tokens=THRESHOLD, pause_progress_max=1.0) as c:
+    async with torch_cluster(folder, threshold_tokens=THRESHOLD, pause_remaining_min_s=0.0) as c:
         pauser = Pauser(c, run_s=run_s, rest_s=run_s / 10)
         pausing = asyncio.create_task(pauser.run())
         for prompt, tokens in zip(asked, expected, strict=True):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from common.policy.preemption import EPSILON_S, PauseAccount, PauseBounds
 
-BOUNDS = PauseBounds(pause_max_s=2.0, share_max=0.5, immunity_s=0.1, progress_max=0.95)
+BOUNDS = PauseBounds(pause_max_s=2.0, share_max=0.5, immunity_s=0.1, remaining_min_s=0.5)
 
 
 def account(**more: float) -> PauseAccount:
@@ -30,8 +30,20 @@ def test_after_a_pause_it_is_immune_for_a_while():
     assert yielded.pausable_from_s(1.2, 0.1, BOUNDS) == pytest.approx(1.3)
 
 
-def test_what_is_nearly_done_is_never_paused():
-    assert PauseAccount(started_s=0.0, estimate_s=10.0).pausable_from_s(9.6, 0.1, BOUNDS) is None
+def test_what_is_nearly_done_is_not_paused():
+    assert PauseAccount(started_s=0.0, estimate_s=10.0).pausable_from_s(9.6, 0.1, BOUNDS) == pytest.approx(10.0)
+
+
+def test_its_own_word_counts_for_more_than_the_estimate():
+    slow = PauseAccount(started_s=0.0, estimate_s=10.0)
+    slow.paused(6.0, done_share=0.3)  # at this pace the whole takes 20 s
+    slow.resumed(7.0, BOUNDS)
+    assert slow.pausable_from_s(10.8, 0.1, BOUNDS) == 10.8, "by the estimate it would be nearly done"
+    assert slow.pausable_from_s(20.7, 0.1, BOUNDS) == pytest.approx(21.0), "it ran for 19.7 of 20 s"
+
+
+def test_what_runs_for_longer_than_foretold_may_be_paused():
+    assert PauseAccount(started_s=0.0, estimate_s=10.0).pausable_from_s(12.0, 0.1, BOUNDS) == 12.0
 
 
 def test_a_share_of_zero_forbids_every_pause():
@@ -59,7 +71,7 @@ def test_a_pause_is_bounded_by_its_own_length_and_by_the_budget():
 def test_whatever_is_wished_the_sum_of_pauses_keeps_its_bound(
     share: float, pause_max_s: float, wishes: list[tuple[float, float]]
 ):
-    bounds = PauseBounds(pause_max_s=pause_max_s, share_max=share, immunity_s=0.05, progress_max=2.0)
+    bounds = PauseBounds(pause_max_s=pause_max_s, share_max=share, immunity_s=0.05, remaining_min_s=0.0)
     yielding = PauseAccount(started_s=0.0, estimate_s=1e9)
     now_s = 0.0
     for wait_s, wish_s in wishes:
