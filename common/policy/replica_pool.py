@@ -64,31 +64,40 @@ class ReplicaPool:
         worker_id, node = replica.worker_id, replica.profile.node
         entry: Entry = (load, bool(replica.decoding), worker_id)
         known = self._at.get(worker_id)
-        if known is not None and known[0] == entry:
+        if known is None:
+            capacity = replica.profile.kv_capacity_tokens
+            self._capacities[capacity] = self._capacities.get(capacity, 0) + 1
+            self._at[worker_id] = (entry, node, capacity)
+            self._take_off(node)
+            self._by_node.setdefault(node, SortedList())
+            self._total.setdefault(node, 0)
+        elif known[0] == entry:
             return
-        self.discard(worker_id)
-        capacity = replica.profile.kv_capacity_tokens
-        self._at[worker_id] = (entry, node, capacity)
+        else:
+            self._at[worker_id] = (entry, node, known[2])
+            self._take_off(node)
+            self._drop_entry(known[0], node)
         self._entries.add(entry)
-        self._take_off(node)
-        self._by_node.setdefault(node, SortedList()).add(entry)
-        self._total[node] = self._total.get(node, 0) + load
+        self._by_node[node].add(entry)
+        self._total[node] += load
         self._put_on(node)
-        self._capacities[capacity] = self._capacities.get(capacity, 0) + 1
 
     def discard(self, worker_id: WorkerId) -> None:
         known = self._at.pop(worker_id, None)
         if known is None:
             return
         entry, node, capacity = known
-        self._entries.remove(entry)
         self._take_off(node)
-        self._by_node[node].remove(entry)
-        self._total[node] -= entry[0]
+        self._drop_entry(entry, node)
         self._put_on(node)
         self._capacities[capacity] -= 1
         if not self._capacities[capacity]:
             del self._capacities[capacity]
+
+    def _drop_entry(self, entry: Entry, node: str) -> None:
+        self._entries.remove(entry)
+        self._by_node[node].remove(entry)
+        self._total[node] -= entry[0]
 
     def _take_off(self, node: str) -> None:
         if node in self._by_node:

@@ -30,6 +30,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 {"disaggregation": False},
                 {"long_order": "arrival"},
                 {"shorts_spare": 1.5},
+                {"reserved_long_tokens": 20_000},
             ]
         ),
     )
@@ -103,7 +104,15 @@ class FifoMachine(SchedulerMachine):
     policy = "fifo"
 
 
-@pytest.mark.parametrize("machine", [SchedulerMachine, FifoMachine])
+class ReservationMachine(SchedulerMachine):
+    policy = "reservation"
+
+
+class PriorityMachine(SchedulerMachine):
+    policy = "priority"
+
+
+@pytest.mark.parametrize("machine", [SchedulerMachine, FifoMachine, ReservationMachine, PriorityMachine])
 def test_any_interleaving(machine: type[SchedulerMachine], request: pytest.FixtureRequest) -> None:
     nightly = request.config.getoption("--nightly")
     run_state_machine_as_test(
