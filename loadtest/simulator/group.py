@@ -1,0 +1,347 @@
+"""A simulated SP group: a long that prefills and decodes on several replicas at once.
+
+It answers the scheduler as `common.policy.sp_coordinator` and its workers do together: `GroupFormed`; `GroupPaused`
+when every rank stands, which is when the step that runs has ended (uniform in the longest step), or
+`GroupPrefillFinished` if the prefill ends first and the pause is void; `GroupResumed`, also while a member still
+finishes a pass of shorts; `GroupFinished`; `GroupFailed` after a `DissolveGroup`.
+
+The prefill runs at rate 1, slower while other things decode on its members (see `replica.py`), and only while every
+member computes it. A decode step takes what the model says for the layout, and longer by what the slowest
+member's other work adds; it stands still while any member runs an exclusive pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from enum import Enum, auto
+
+from common.messages.sp import (
+    GroupFailed,
+    GroupFinished,
+    GroupFormed,
+    GroupPaused,
+    GroupPrefillFinished,
+    GroupResumed,
+)
+from common.policy.long_planner import Layout
+from common.policy.scheduler_io import SchedulerEvent
+from loadtest.simulator.job import Job
+from loadtest.simulator.replica import Replica
+from loadtest.simulator.site import Site
+from loadtest.simulator.timeline import Countdown
+
+COORDINATOR_HOPS = 2
+"""Scheduler to coordinator to workers, and back."""
+
+TOKENS_DONE_HALVINGS = 8
+
+
+class State(Enum):
+    RUNNING = auto()
+    """It may run; it does when no member is held up by shorts."""
+    PAUSING = auto()
+    """Told to stop, in its last step."""
+    PAUSED = auto()
+    DECODING = auto()
+    GONE = auto()
+
+
+class Group:
+    __slots__ = (
+        "_blocked",
+        "_decode",
+        "_decode_step_s",
+        "_drags",
+        "_extras",
+        "_members",
+        "_prefill",
+        "_resume_asked",
+        "_since_s",
+        "_site",
+        "_state",
+        "_step_s",
+        "_whole_s",
+        "alone_s",
+        "chunk_s",
+        "job",
+        "kv_share",
+        "network_s",
+        "runs",
+        "stands",
+    )
+
+    def __init__(self, site: Site, job: Job, members: tuple[Replica, ...]) -> None:
+        layout = layout_of(members)
+        longs, degree = site.longs, len(members)
+        kv_tokens = job.tokens + job.output_tokens // 2
+        self._site = site
+        self._members = members
+        self.job = job
+        self.kv_share = kv_tokens // degree
+        """KV on each member, on average over the decode."""
+        self.chunk_s = longs.chunk_s(job.tokens, layout)
+        self.alone_s = site.costs.shared_step_s(0, 1, self.kv_share)
+        """A member's part of a decode step, alone."""
+        self._step_s = longs.step_s(job.tokens, layout)
+        self._decode_step_s = longs.decode_step_s(kv_tokens, layout)
+        self.network_s = max(0.0, self._decode_step_s - self.alone_s)
+        """What the exchange between members adds to a decode step."""
+        self._whole_s = longs.prefill_s(job.tokens, layout)
+        self._prefill = Countdown(site.timeline, self._whole_s, self._prefilled)
+        self._decode = Countdown(site.timeline, job.output_tokens - 1, self._decoded)
+        self._drags: dict[str, float] = {}
+        """Members with other decodes → how long a step of those takes."""
+        self._extras: dict[str, float] = {}
+        """Members with other work → how much longer a decode step takes there."""
+        self._blocked = 0
+        """Members held up by shorts."""
+        self._since_s = 0.0
+        self._resume_asked = False
+        self._state = State.RUNNING
+        self.runs = False
+        """The prefill computes now."""
+        self.stands = False
+        """Paused: its members are free for shorts."""
+
+    # --- orders ----------------------------------------------------------------------------------
+
+    def form(self) -> None:
+        job = self.job
+        for member in self._members:
+            member.kv.reserve(job.request_id, job.spec.kv_tokens // len(self._members))
+            member.seat(self)
+        self._since_s = self._site.timeline.now_s
+        self._tell(GroupFormed(request_id=job.request_id, attempt=job.spec.attempt))
+        self._let_run()
+
+    def pause(self) -> None:
+        if self._state is State.PAUSING:
+            self._resume_asked = False
+        if self._state is not State.RUNNING:
+            return
+        self._state = State.PAUSING
+        if not self.runs:
+            self._stand(0.0)
+            return
+        latency_s = self._site.random.uniform(0.0, self._step_s)
+        self._site.timeline.at(self._site.timeline.now_s + latency_s, self._stand, latency_s)
+
+    def _stand(self, latency_s: float) -> None:
+        if self._state is not State.PAUSING:
+            return  # the prefill ended first
+        if self.runs:
+            self._halt()
+            self._since_s = self._site.timeline.now_s
+        self._state = State.PAUSED
+        self.stands = True
+        job = self.job
+        job.pauses += 1
+        share = 1.0 - max(0.0, self._prefill.left) / self._whole_s
+        self._tell(
+            GroupPaused(
+                request_id=job.request_id,
+                attempt=job.spec.attempt,
+                step=int(share * self._whole_s / self._step_s),
+                prefilled_tokens=self._tokens_done(share),
+                pause_latency_s=latency_s,
+            )
+        )
+        for member in self._members:
+            member.start_pass()
+        if self._resume_asked:
+            self.resume()
+
+    def _tokens_done(self, share: float) -> int:
+        """The length of a prompt that takes one replica that share of the time of the whole prompt, within
+        `TOKENS_DONE_HALVINGS`. This is how the scheduler reads it."""
+        prefill_s, tokens = self._site.longs.prefill_s, self.job.tokens
+        sought_s = share * prefill_s(tokens, (1,))
+        low, high = 0, tokens
+        for _ in range(TOKENS_DONE_HALVINGS):
+            middle = (low + high) // 2
+            if middle > 0 and prefill_s(middle, (1,)) > sought_s:
+                high = middle
+            else:
+                low = middle
+        return low
+
+    def resume(self) -> None:
+        if self._state is State.PAUSING:
+            self._resume_asked = True
+        if self._state is not State.PAUSED:
+            return
+        self._resume_asked = False
+        self._state = State.RUNNING
+        self.stands = False
+        self._tell(GroupResumed(request_id=self.job.request_id, attempt=self.job.spec.attempt))
+        self._let_run()
+
+    def dissolve(self) -> None:
+        """Wherever it stands."""
+        if self._state is State.GONE:
+            return
+        if self.runs:
+            self._halt()
+        prefilled, self._state = self._state is State.DECODING, State.GONE
+        self.stands = False
+        self._set_decode_rate(0.0)
+        self._leave(decoded=prefilled)
+        reason = "dissolved as asked"
+        self._tell(GroupFailed(request_id=self.job.request_id, attempt=self.job.spec.attempt, reason=reason))
+
+    # --- prefill ---------------------------------------------------------------------------------
+
+    def _let_run(self) -> None:
+        self._blocked = sum(member.is_held_up for member in self._members)
+        if not self._blocked:
+            self._go()
+
+    def member_free(self) -> None:
+        """Nothing there is before this long any more."""
+        self._blocked -= 1
+        if not self._blocked and self._state is State.RUNNING:
+            self._go()
+
+    def _go(self) -> None:
+        now_s = self._site.timeline.now_s
+        job = self.job
+        if job.prefill_started_s is None:
+            job.prefill_started_s = now_s
+        else:
+            job.suspended_s += now_s - self._since_s
+            self._spans("paused", self._since_s)
+        self.runs = True
+        self._since_s = now_s
+        for member in self._members:
+            member.long_begins()
+            if member.decodes:
+                member.pace()
+        self._set_prefill_rate()
+
+    def _halt(self) -> None:
+        """It computes no more, for now or for good."""
+        self.runs = False
+        self._prefill.set_rate(0.0)
+        self._spans("long prefill", self._since_s)
+        for member in self._members:
+            member.long_rests()
+            if member.decodes:
+                member.pace()
+
+    def set_drag(self, member: Replica, step_s: float) -> None:
+        """Decode steps of others on a member take so long, each; 0: there are none."""
+        if self._drags.get(member.worker_id, 0.0) == step_s:
+            return
+        if step_s:
+            self._drags[member.worker_id] = step_s
+        else:
+            del self._drags[member.worker_id]
+        if self.runs:
+            self._set_prefill_rate()
+
+    def _set_prefill_rate(self) -> None:
+        drag_s = max(self._drags.values(), default=0.0)
+        self._prefill.set_rate(self.chunk_s / (self.chunk_s + drag_s))
+
+    def _prefilled(self) -> None:
+        job, now_s = self.job, self._site.timeline.now_s
+        self._halt()
+        self._state = State.DECODING
+        job.first_token_s = now_s
+        last = job.output_tokens <= 1
+        compute_s = now_s - (job.prefill_started_s or 0.0) - job.suspended_s
+        self._tell(
+            GroupPrefillFinished(
+                request_id=job.request_id,
+                attempt=job.spec.attempt,
+                compute_s=compute_s,
+                finish_reason="length" if last else None,
+            )
+        )
+        for member in self._members:
+            member.unseat()
+            if not last:
+                member.join_decode(self)
+        if last:
+            self._decoded()
+            return
+        self._since_s = now_s
+        self._set_decode_rate(1.0 / self._decode_step_s)
+        for member in self._members:
+            member.pace()
+            member.start_pass()
+
+    # --- decode ----------------------------------------------------------------------------------
+
+    def set_extra(self, member: Replica, extra_s: float) -> None:
+        """A decode step takes so much longer on this member, infinitely while it stands still."""
+        if self._state is not State.DECODING:
+            return
+        known_s = self._extras.get(member.worker_id, 0.0)
+        if extra_s <= 0.0:
+            self._extras.pop(member.worker_id, None)
+        else:
+            self._extras[member.worker_id] = extra_s
+        if known_s != extra_s:
+            step_s = self._decode_step_s + max(self._extras.values(), default=0.0)
+            self._set_decode_rate(0.0 if math.isinf(step_s) else 1.0 / step_s)
+
+    def _set_decode_rate(self, rate: float) -> None:
+        if self._decode.rate == rate:
+            return
+        if rate == 0.0:
+            for member in self._members:
+                member.long_rests()
+        elif self._decode.rate == 0.0:
+            for member in self._members:
+                member.long_begins()
+        self._decode.set_rate(rate)
+
+    def _decoded(self) -> None:
+        job = self.job
+        if job.output_tokens > 1:
+            for member in self._members:
+                member.long_rests()
+            self._spans("long decode", self._since_s)
+        self._state = State.GONE
+        job.finished_s = self._site.timeline.now_s
+        self._leave(decoded=job.output_tokens > 1)
+        self._tell(
+            GroupFinished(
+                request_id=job.request_id,
+                attempt=job.spec.attempt,
+                finish_reason="length",
+                generated=job.output_tokens,
+            )
+        )
+
+    def _leave(self, *, decoded: bool) -> None:
+        """Nothing of it stays on its members."""
+        for member in self._members:
+            member.kv.free(self.job.request_id)
+            if decoded:
+                member.leave_decode(self)
+            else:
+                member.unseat()
+        for member in self._members:
+            member.pace()
+            member.start_pass()
+
+    # --- words -----------------------------------------------------------------------------------
+
+    def _tell(self, word: SchedulerEvent) -> None:
+        self._site.tell(((self.job, word),), hops=COORDINATOR_HOPS)
+
+    def _spans(self, kind: str, begin_s: float) -> None:
+        recorder, now_s = self._site.recorder, self._site.timeline.now_s
+        if recorder is None or now_s <= begin_s:
+            return
+        for member in self._members:
+            lane = f"{member.worker_id} decode" if kind == "long decode" else member.worker_id
+            recorder.span(lane, kind, begin_s, now_s, self.job.request_id)
+
+
+def layout_of(members: tuple[Replica, ...]) -> Layout:
+    """Members per node, largest first."""
+    return tuple(sorted(Counter(member.node for member in members).values(), reverse=True))
