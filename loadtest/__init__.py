@@ -5,6 +5,7 @@
 `python -m loadtest pause`     one prefill worker: from a short that is ready to the long that stands
 `python -m loadtest engine`    stepped prefill beside transformers' own forward; a decode step by batch size
 `python -m loadtest fit-costs` the simulator's coefficients of a GPU, fitted to measured tables
+`python -m loadtest sim`       a workload on a simulated cluster of GPUs, under any policy
 
 Each prints a table and writes the same figures with `--json FILE`. What is measured, and from when to
 when, stands at the top of the file of the same name. Run them on a quiet machine.

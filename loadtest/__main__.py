@@ -13,7 +13,7 @@ from typing import Any
 import loadtest
 from common import logs
 from common.errors import PecSchedError
-from loadtest import engine, fit_costs, mixed, mixed_report, overhead, pause, report
+from loadtest import engine, fit_costs, mixed, mixed_report, overhead, pause, report, sim
 
 EXIT_INTERRUPTED = 130
 
@@ -187,6 +187,7 @@ BENCHMARKS = {
         fit_costs.run_flags,
         fit_costs.show,
     ),
+    "sim": Benchmark("a workload on a simulated cluster", sim.__doc__, sim.add_flags, sim.run, sim.show),
 }
 
 

@@ -61,11 +61,11 @@ def progress(console: Console | None = None) -> Iterator[Bars]:
         yield Bars(bars)
 
 
-def check_writable(path: str) -> None:
-    """Before minutes are spent on figures. Raises: ReportError."""
+def check_writable(path: str, flag: str = "--json") -> None:
+    """Before minutes are spent on figures. Empty: nothing is to be written. Raises: ReportError."""
     parent = Path(path).expanduser().resolve().parent
     if path and not parent.is_dir():
-        raise ReportError(f"--json {path}: there is no folder {parent}")
+        raise ReportError(f"{flag} {path}: there is no folder {parent}")
 
 
 def write_json(path: str, figures: Mapping[str, Any]) -> None:
