@@ -8,6 +8,9 @@ from common.policy.cost_model import CostModel
 from common.policy.long_planner import Layout
 from common.policy.sequence_plan import SpPlanner
 
+STEP_GRAIN_TOKENS = 4_096
+"""Planning takes long, the longest step hardly changes within so many tokens of hundreds of thousands."""
+
 
 class LongCosts(Protocol):
     """Of a long on a group of replicas."""
@@ -77,14 +80,19 @@ class SpCosts:
     def __init__(self, model: CostModel, planner: SpPlanner) -> None:
         self._layers = model.shape.layers
         self._planner = planner
+        self._steps: dict[tuple[int, Layout], float] = {}
 
     def prefill_s(self, tokens: int, layout: Layout) -> float:
         """See `LongCosts`."""
         return self._planner.prefill_s(tokens, layout)
 
     def step_s(self, tokens: int, layout: Layout) -> float:
-        """See `LongCosts`."""
-        return self._planner.plan(tokens, layout).step_s
+        """See `LongCosts`. Of as many tokens, rounded down to a multiple of `STEP_GRAIN_TOKENS`."""
+        key = (tokens - tokens % STEP_GRAIN_TOKENS or tokens, layout)
+        step_s = self._steps.get(key)
+        if step_s is None:
+            step_s = self._steps[key] = self._planner.plan(*key).step_s
+        return step_s
 
     def chunk_s(self, tokens: int, layout: Layout) -> float:
         """See `LongCosts`. A step in every layer."""

@@ -34,8 +34,6 @@ from loadtest.simulator.timeline import Countdown
 COORDINATOR_HOPS = 2
 """Scheduler to coordinator to workers, and back."""
 
-TOKENS_DONE_HALVINGS = 8
-
 
 class State(Enum):
     RUNNING = auto()
@@ -55,6 +53,7 @@ class Group:
         "_drags",
         "_extras",
         "_members",
+        "_parabola",
         "_prefill",
         "_resume_asked",
         "_since_s",
@@ -98,6 +97,7 @@ class Group:
         """Members held up by shorts."""
         self._since_s = 0.0
         self._resume_asked = False
+        self._parabola: tuple[float, float] | None = None
         self._state = State.RUNNING
         self.runs = False
         """The prefill computes now."""
@@ -153,18 +153,18 @@ class Group:
             self.resume()
 
     def _tokens_done(self, share: float) -> int:
-        """The length of a prompt that takes one replica that share of the time of the whole prompt, within
-        `TOKENS_DONE_HALVINGS`. This is how the scheduler reads it."""
+        """The length of a prompt that would take one replica that share of the time of the whole: so the scheduler
+        reads it. Taken from a parabola through the times of the whole and of half of it."""
         prefill_s, tokens = self._site.longs.prefill_s, self.job.tokens
-        sought_s = share * prefill_s(tokens, (1,))
-        low, high = 0, tokens
-        for _ in range(TOKENS_DONE_HALVINGS):
-            middle = (low + high) // 2
-            if middle > 0 and prefill_s(middle, (1,)) > sought_s:
-                high = middle
-            else:
-                low = middle
-        return low
+        if self._parabola is None:
+            whole_s, half_s = prefill_s(tokens, (1,)), prefill_s(max(1, tokens // 2), (1,))
+            square = max(0.0, 2.0 * (whole_s - 2.0 * half_s)) / tokens**2
+            self._parabola = (whole_s / tokens - square * tokens, square)
+        linear, square = self._parabola
+        sought_s = share * (linear + square * tokens) * tokens
+        if square * tokens < 1e-6 * linear:
+            return int(sought_s / linear)
+        return int((math.sqrt(linear * linear + 4.0 * square * sought_s) - linear) / (2.0 * square))
 
     def resume(self) -> None:
         if self._state is State.PAUSING:

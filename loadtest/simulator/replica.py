@@ -48,6 +48,7 @@ class Pass:
 
 class Replica:
     __slots__ = (
+        "_alone_s",
         "_decoders",
         "_group_kv",
         "_groups",
@@ -85,6 +86,8 @@ class Replica:
         self._groups: list[Group] = []
         """Whose longs decode here."""
         self._group_kv = 0
+        self._alone_s = 0.0
+        """Of a decode step of the longs here, if nothing else decodes; 0: not known."""
         self._rows = DecodeBatch()
         """Shorts that decode here."""
         self._rows_serial = 0
@@ -266,7 +269,10 @@ class Replica:
             if seat is not None:
                 seat.set_drag(self, 0.0)
             return
-        alone_s = self._site.costs.shared_step_s(0, count, self._group_kv + rows.kv_tokens)
+        alone_s = self._alone_s
+        if alone_s == 0.0 or rows:
+            alone_s = self._site.costs.shared_step_s(0, count, self._group_kv + rows.kv_tokens)
+            self._alone_s = 0.0 if rows else alone_s
         step_s = alone_s if running is None else running.step_s
         if seat is not None and seat.runs:
             step_s += seat.chunk_s
@@ -324,10 +330,12 @@ class Replica:
 
     def join_decode(self, group: Group) -> None:
         self._groups.append(group)
+        self._alone_s = 0.0
         self._group_kv += group.kv_share
 
     def leave_decode(self, group: Group) -> None:
         self._groups.remove(group)
+        self._alone_s = 0.0
         self._group_kv -= group.kv_share
 
     @property

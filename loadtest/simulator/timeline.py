@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from heapq import heappop, heappush
+from heapq import heappush
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -19,27 +19,18 @@ EPSILON = 1e-7
 class Timeline:
     """What happens next, in order of time; at equal times, in the order in which it was entered."""
 
-    __slots__ = ("_heap", "_serial", "now_s")
+    __slots__ = ("_serial", "heap", "now_s")
 
     def __init__(self) -> None:
         self.now_s = 0.0
-        self._heap: list[tuple[float, int, Callable[[Any], None], Any]] = []
+        self.heap: list[tuple[float, int, Callable[[Any], None], Any]] = []
+        """(when, serial, what to call, with what). Whoever runs it takes entries off and sets `now_s`."""
         self._serial = 0
 
     def at(self, when_s: float, do: Callable[[T], None], what: T) -> None:
         """Call `do(what)` then."""
         self._serial += 1
-        heappush(self._heap, (when_s, self._serial, do, what))
-
-    def next_s(self) -> float:
-        """When the next entry is due; infinite without one."""
-        heap = self._heap
-        return heap[0][0] if heap else math.inf
-
-    def step(self) -> None:
-        """Take the next entry. Raises: IndexError without one."""
-        self.now_s, _, do, what = heappop(self._heap)
-        do(what)
+        heappush(self.heap, (when_s, self._serial, do, what))
 
 
 class Countdown:

@@ -25,6 +25,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from heapq import heappop
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -139,7 +140,11 @@ class World:
         self._threshold_tokens = config.threshold_tokens
         self._ended = 0
         self._busy_at_end_of_arrivals_s = 0.0
-        self._deadline_s: float | None = None
+        self._deadline_s = LEASE_S
+        """The scheduler's next one; `LEASE_S`: none that matters."""
+        self._has_news = True
+        """The scheduler has handled something since it was asked for its deadline."""
+        self._idle_wakes = 0
         self._decisions = array("d")
         self._stalled = False
         self._perform: dict[type, Callable[[Any], None] | None] = {
@@ -207,45 +212,47 @@ class World:
         self._threshold_tokens = workload.threshold_tokens
         self._decisions = array("d")
         if self._arrivals:
-            self._timeline.at(self._arrivals[0].at_s, self._arrive, 0)
+            self._timeline.at(self._arrivals[0].at_s + self._site.hop_s, self._arrive, 0)
         with _calm_collector():
             self._loop(progress)
         return self._result()
 
     def _loop(self, progress: Progress | None) -> None:
-        timeline = self._timeline
+        timeline, heap = self._timeline, self._timeline.heap
         every = max(1, len(self._arrivals) // 100)
         shown = 0
         while True:
-            next_s = timeline.next_s()
-            deadline_s = self._deadline_s
-            if deadline_s is not None and deadline_s <= next_s and deadline_s < LEASE_S:
-                if not self._wake(deadline_s, alone=next_s >= LEASE_S):
+            next_s = heap[0][0] if heap else LEASE_S
+            if self._has_news:
+                self._has_news = False
+                self._deadline_s = self._core.next_deadline_s() or LEASE_S
+            if self._deadline_s <= next_s and self._deadline_s < LEASE_S:
+                if not self._wake(alone=not heap):
                     return
-            elif next_s < LEASE_S:
-                timeline.step()
+            elif heap:
+                timeline.now_s, _, do, what = heappop(heap)
+                do(what)
             else:
                 self._stalled = any(job.finished_s is None and job.failure is None for job in self._jobs.values())
                 return
-            if progress is not None and self._ended - shown >= every:
+            if self._ended - shown >= every:
                 shown = self._ended
-                progress(shown, len(self._arrivals))
+                if progress is not None:
+                    progress(shown, len(self._arrivals))
 
-    def _wake(self, deadline_s: float, *, alone: bool) -> bool:
+    def _wake(self, *, alone: bool) -> bool:
         """A deadline of the scheduler's has come. False: nothing can move any more. `alone`: nothing is under way."""
         timeline = self._timeline
-        for _ in range(IDLE_WAKES_MAX):
-            timeline.now_s = max(timeline.now_s, deadline_s)
-            if self._handle(TimePassed(), None) or not alone:
-                return True
-            next_s = self._deadline_s
-            if next_s is None or next_s >= LEASE_S:
-                return True  # the loop sees that nothing is left
-            deadline_s = next_s
-        self._stalled = True
-        return False
+        timeline.now_s = max(timeline.now_s, self._deadline_s)
+        if self._handle(TimePassed(), None) or not alone:
+            self._idle_wakes = 0
+            return True
+        self._idle_wakes += 1
+        self._stalled = self._idle_wakes > IDLE_WAKES_MAX
+        return not self._stalled
 
     def _arrive(self, number: int) -> None:
+        """Its submission reaches the scheduler, a hop after its arrival at the router."""
         at_s, prompt_tokens, output_tokens = self._arrivals[number]
         spec = RequestSpec(
             request_id=RequestId(f"r{number}"),
@@ -257,15 +264,15 @@ class World:
         self._jobs[job.request_id] = job
         if job.is_long:
             usage = self._site.usage
-            usage.advance(at_s)
+            usage.advance(self._timeline.now_s)
             self._waiting_longs[job.request_id] = (job, usage.short_s, usage.long_s)
-        self._site.tell(((job, RequestSubmitted(spec=spec)),))
+        self._handle(RequestSubmitted(spec=spec), job)
         if number + 1 < len(self._arrivals):
-            self._timeline.at(self._arrivals[number + 1].at_s, self._arrive, number + 1)
+            self._timeline.at(self._arrivals[number + 1].at_s + self._site.hop_s, self._arrive, number + 1)
         else:
-            self._timeline.at(at_s, self._arrivals_ended, None)
+            self._arrivals_ended()
 
-    def _arrivals_ended(self, _: None) -> None:
+    def _arrivals_ended(self) -> None:
         """Who has waited in vain for as long as requests came?"""
         now_s, usage = self._timeline.now_s, self._site.usage
         usage.advance(now_s)
@@ -292,7 +299,7 @@ class World:
         self._decisions.append(took_s)
         if job is not None:
             job.sched_s += took_s
-        self._deadline_s = self._core.next_deadline_s()
+        self._has_news = True
         if recorder is not None:
             recorder.heard(now_s, event)
             for command in commands:
@@ -443,7 +450,10 @@ def simulate(
         scheduler_config(scenario, workload.threshold_tokens),
         **{name: value for name, value in unsaid.items() if name not in scenario.scheduler},
     )
-    planner = SpPlanner(model, fast_sp=scenario.fast_sp and scenario.policy == "pecsched")
+    own = scenario.policy == "pecsched"
+    # Baselines gang a long's replicas at its arrival: with groups as small as a plain ring is efficient in, most of the
+    # cluster waits for partners (FIFO takes more than twice as long). They get what serves them better.
+    planner = SpPlanner(model, fast_sp=scenario.fast_sp and own, large_groups=not own)
     shape = ClusterShape(
         nodes=scenario.nodes,
         replicas_per_node=scenario.replicas_per_node,
