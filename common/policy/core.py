@@ -25,6 +25,12 @@ class InvariantViolated(AssertionError):
         return cls(f"{what}; story:\n" + "\n".join(story))
 
 
+def require(holds: bool, what: str) -> None:
+    """Raises: InvariantViolated."""
+    if not holds:
+        raise InvariantViolated(what)
+
+
 class TimePassed(Record, frozen=True, kw_only=True):
     """The event a shell hands in when `next_deadline_s` has come."""
 

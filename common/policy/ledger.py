@@ -18,9 +18,11 @@ from common.messages.prefill import DropRequest, RunPrefill
 from common.messages.records import RequestRecord
 from common.messages.scheduling import RequestAccepted, RequestFailed, RequestInterrupted, RequestRefused
 from common.messages.sp import DissolveGroup, FormGroup, PauseGroup, ResumeGroup
-from common.policy.cluster import Cluster, Decoder, HoldKey, Replica, Request, SchedulerConfig, require
+from common.policy.cluster import Cluster, Decoder, HoldKey, Replica, Request, SchedulerConfig
+from common.policy.core import require
 from common.policy.decisions import SchedulingPolicy
 from common.policy.fifo import FifoPolicy
+from common.policy.invariants import check_books
 from common.policy.lifecycle import IN_GROUP, RequestState, table_of
 from common.policy.long_planner import LongPlanner, SingleReplicaPlanner
 from common.policy.pecsched import PecSchedPolicy
@@ -82,14 +84,9 @@ class Ledger:
 
     def check(self) -> None:
         """Raises: InvariantViolated."""
-        self.cluster.check()
-        requests = self.cluster.requests
-        grouped = {r for r, request in requests.items() if request.is_long and request.state in IN_GROUP}
+        check_books(self.cluster, self.policy, self.config, self.by_router)
+        grouped = {r for r, request in self.cluster.requests.items() if request.is_long and request.state in IN_GROUP}
         require(grouped == set(self.grouped), "the set of groups matches the states")
-        owned = {r for ids in self.by_router.values() for r in ids}
-        require(owned == set(requests), "every request has its router")
-        waiting = sum(r.state is RequestState.QUEUED for r in requests.values())
-        require(waiting == self.policy.waiting_shorts() + self.policy.waiting_longs(), "what is queued waits once")
 
     def note(self, request_id: RequestId, what: Record | str) -> None:
         """Into the request's story."""
