@@ -12,7 +12,8 @@ from msgspec import Meta
 
 from common.messages.base import Record
 
-PolicyName = Literal["pecsched", "fifo"]
+PolicyName = Literal["pecsched", "fifo", "reservation", "priority"]
+LongOrder = Literal["remaining", "arrival"]
 EngineName = Literal["torch", "timed"]
 DtypeName = Literal["auto", "bfloat16", "float32"]
 
@@ -21,6 +22,16 @@ Count = Annotated[int, Meta(ge=1, le=100_000)]
 Duration = Annotated[float, Meta(gt=0.0, le=86_400.0)]
 Wait = Annotated[float, Meta(ge=0.0, le=86_400.0)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+Factor = Annotated[float, Meta(ge=0.0, le=100.0)]
+
+ONLY_WITH = "only_with"
+"""Key in `Meta.extra`: other settings by name, and the values they must have for this one to mean anything. Who sets
+it where it means nothing is told so (`settings_loader.load`)."""
+
+_PECSCHED = Meta(extra={ONLY_WITH: {"policy": ("pecsched",)}})
+_PAUSES = Meta(extra={ONLY_WITH: {"policy": ("pecsched",), "preemption": (True,)}})
+_AGED = Meta(extra={ONLY_WITH: {"policy": ("pecsched",), "long_order": ("remaining",)}})
+_RESERVATION = Meta(extra={ONLY_WITH: {"policy": ("reservation",)}})
 
 
 class CommonSettings(Record, frozen=True, kw_only=True):
@@ -68,17 +79,48 @@ class RouterSettings(ModelSettings, frozen=True, kw_only=True):
 
 
 class SchedulerSettings(CommonSettings, frozen=True, kw_only=True):
-    policy: Annotated[PolicyName, Meta(description="scheduling policy")] = "pecsched"
+    policy: Annotated[
+        PolicyName, Meta(description="who runs when: PecSched, or one of the policies it is compared with")
+    ] = "pecsched"
+    preemption: Annotated[bool, _PECSCHED, Meta(description="shorts may pause the prefill of longs")] = True
+    disaggregation: Annotated[
+        bool, Meta(description="shorts are decoded by decode workers; without, where they were prefilled")
+    ] = True
+    colocation: Annotated[
+        bool, _PECSCHED, Meta(description="shorts share the steps of a long's decode; without, it waits for them")
+    ] = True
+    long_order: Annotated[
+        LongOrder, _PECSCHED, Meta(description="which long goes first: the one with the least work, or the oldest")
+    ] = "remaining"
+    long_aging: Annotated[
+        Factor, _AGED, Meta(description="seconds of work that a second of waiting makes up for among longs")
+    ] = 0.5
+    shorts_spare: Annotated[
+        Factor,
+        _PECSCHED,
+        Meta(description="replicas that longs leave to shorts, for each that these have kept busy lately"),
+    ] = 2.5
+    reserved_long_tokens: Annotated[
+        int, _RESERVATION, Meta(ge=1, le=10_000_000, description="longest prompt that replicas are set aside for")
+    ] = 500_000
     threshold_tokens: Annotated[Count, Meta(description="prompts above this are long")] = 2_048
     queue_max: Annotated[Count, Meta(description="requests waiting for a worker; more are refused with 429")] = 10_000
     attempts_max: Annotated[Count, Meta(description="how often a request is served again after a loss")] = 4
     no_worker_s: Annotated[Duration, Meta(description="how long a request waits for a role that has no worker")] = 8.0
-    pause_max_s: Annotated[Duration, Meta(description="longest single pause of a long prefill")] = 2.0
-    pause_share_max: Annotated[Share, Meta(description="largest share of its time that a long prefill yields")] = 0.5
-    pause_immunity_s: Annotated[Duration, Meta(description="after a pause, how long a prefill runs undisturbed")] = 0.1
-    pause_remaining_min_s: Annotated[Wait, Meta(description="a prefill with less than this left is not paused")] = 0.1
+    pause_max_s: Annotated[Duration, _PAUSES, Meta(description="longest single pause of a long prefill")] = 10.0
+    pause_share_max: Annotated[
+        Share, _PAUSES, Meta(description="largest share of its time that a long prefill yields")
+    ] = 0.9
+    pause_immunity_s: Annotated[
+        Duration, _PAUSES, Meta(description="after a pause, how long a prefill runs undisturbed")
+    ] = 0.1
+    pause_remaining_min_s: Annotated[
+        Wait, _PAUSES, Meta(description="a prefill with less than this left is not paused")
+    ] = 0.1
     wait_instead_of_pause_s: Annotated[
-        Duration, Meta(description="a short waits this long for a free replica rather than pause a long")
+        Duration,
+        _PECSCHED,
+        Meta(description="a short waits this long for a free replica rather than disturb a long"),
     ] = 0.05
     colocated_tokens_max: Annotated[Count, Meta(description="short tokens that share a step with a long's decode")] = (
         192

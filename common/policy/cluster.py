@@ -8,6 +8,7 @@ costs O(log n).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ from common.messages.base import Record
 from common.messages.cluster import WorkerProfile, WorkerRole
 from common.messages.requests import LengthClass, RequestSpec
 from common.policy.core import InvariantViolated
-from common.policy.lifecycle import PREFILLING_LONG, STANDING_LONG, RequestState
+from common.policy.lifecycle import STANDING_LONG, RequestState
 from common.policy.load_index import LoadIndex, NodeIndex
 from common.policy.preemption import PauseAccount
 from common.units import Attempt, RequestId, WorkerId
@@ -33,8 +34,8 @@ class SchedulerConfig(Record, frozen=True, kw_only=True):
     no_worker_s: float = 8.0
     lease_s: float = 4.0
     heartbeat_s: float = 1.0
-    pause_max_s: float = 2.0
-    pause_share_max: float = 0.5
+    pause_max_s: float = 10.0
+    pause_share_max: float = 0.9
     pause_immunity_s: float = 0.1
     pause_remaining_min_s: float = 0.1
     wait_instead_of_pause_s: float = 0.05
@@ -46,7 +47,7 @@ class SchedulerConfig(Record, frozen=True, kw_only=True):
     long_order: str = "remaining"
     long_aging: float = 0.5
     group_max: int = 1
-    shorts_spare: float = 0.0
+    shorts_spare: float = 2.5
     reserved_long_tokens: int = 500_000
 
 
@@ -174,6 +175,7 @@ class Cluster:
         self._homes = (self.idle, self.decoding, self.prefilling, self.paused)
         """Every replica is in exactly one of them."""
         self._kv_max: dict[str, int] = {}
+        self._per_node: Counter[str] = Counter()
 
     # --- workers ---------------------------------------------------------------------------------
 
@@ -188,6 +190,7 @@ class Cluster:
         worker: Replica | Decoder
         if profile.role == "prefill":
             worker = self.replicas[profile.worker_id] = Replica(profile=profile, heard_s=now_s)
+            self._per_node[profile.node] += 1
         else:
             worker = self.decoders[profile.worker_id] = Decoder(profile=profile, heard_s=now_s)
         self._reindex(worker)
@@ -201,9 +204,15 @@ class Cluster:
             self._kv_max[role] = max((w.profile.kv_capacity_tokens for w in workers), default=0)
         return self._kv_max[role]
 
+    def replicas_by_node(self, count: int) -> list[int]:
+        """How many replicas the `count` largest nodes have."""
+        return [size for _, size in self._per_node.most_common(count) if size]
+
     def remove_worker(self, worker_id: WorkerId) -> None:
         """Forget a lost worker and all it held. Requests that ran there are the caller's to interrupt."""
-        self.replicas.pop(worker_id, None)
+        replica = self.replicas.pop(worker_id, None)
+        if replica is not None:
+            self._per_node[replica.profile.node] -= 1
         self.decoders.pop(worker_id, None)
         for index in (*self._homes, self.seats, self.decoder_load):
             index.discard(worker_id)
@@ -301,63 +310,3 @@ class Cluster:
             else:
                 replica.decoding.discard(request.request_id)
             self._reindex(replica)
-
-    # --- invariants ------------------------------------------------------------------------------
-
-    def check(self) -> None:
-        """Raises: InvariantViolated."""
-        for worker in self.workers():
-            self._check_worker(worker)
-        for request in self.requests.values():
-            self._check_request(request)
-        indexed = set().union(*(index.ids() for index in self._homes))
-        require(indexed == set(self.replicas), "every replica is in exactly one index")
-        require(sum(map(len, self._homes)) == len(self.replicas), "no replica is in two indexes")
-        for worker_id, replica in self.replicas.items():
-            require(worker_id in self._home_of(replica), f"{worker_id} is in the index of its state")
-            require((worker_id in self.seats) == (replica.long is None), f"{worker_id}: seat")
-
-    def _check_worker(self, worker: Replica | Decoder) -> None:
-        name = worker.worker_id
-        total = sum(r.tokens for r in worker.held.values())
-        require(worker.kv_reserved == total, f"{name}: KV {worker.kv_reserved} != sum {total}")
-        require(total <= worker.profile.kv_capacity_tokens, f"{name}: {total} tokens of KV exceed its capacity")
-        if isinstance(worker, Decoder):
-            require(len(worker.held) <= worker.profile.rows_max, f"{name}: more rows than it has")
-            return
-        require(worker.queued_tokens == sum(worker.queued.values()), f"{name}: queue accounting")
-        require(worker.queued.keys() <= worker.held.keys(), f"{name}: a queued short holds no KV")
-        require(worker.resident <= worker.held.keys(), f"{name}: a short that decodes here holds no KV")
-        if worker.long is not None:
-            long = self.requests.get(worker.long)
-            require(long is not None and long.state in PREFILLING_LONG, f"{name}: seats {worker.long} in vain")
-        for request_id in worker.decoding:
-            long = self.requests.get(request_id)
-            require(long is not None and long.state is RequestState.DECODING, f"{name}: {request_id} decodes not")
-
-    def _check_request(self, request: Request) -> None:
-        name, state = request.request_id, request.state
-        if request.is_long:
-            seated = state in PREFILLING_LONG
-            for worker_id in request.members:
-                replica = self.replicas.get(worker_id)
-                require(replica is not None, f"{name}: its member {worker_id} is gone")
-                assert replica is not None
-                require((replica.long == name) == seated, f"{name}: seat on {worker_id} while {state.value}")
-                require(request.key in replica.held, f"{name}: no KV on {worker_id} while {state.value}")
-            require(bool(request.members) == (state not in (RequestState.QUEUED, RequestState.INTERRUPTED)), name)
-            return
-        active = state in (RequestState.PREFILLING, RequestState.HANDOFF, RequestState.DECODING)
-        require((request.decode_worker is not None) == active, f"{name}: {state.value} without a decoder")
-        if request.decode_worker is not None:
-            decoder = self.worker(request.decode_worker)
-            require(decoder is not None and request.key in decoder.held, f"{name}: no KV reserved for its decode")
-        if state is RequestState.PREFILLING and request.prefill_worker is not None:
-            replica = self.replicas.get(request.prefill_worker)
-            require(replica is not None and request.key in replica.held, f"{name}: no KV reserved for its prefill")
-
-
-def require(holds: bool, what: str) -> None:
-    """Raises: InvariantViolated."""
-    if not holds:
-        raise InvariantViolated(what)

@@ -11,8 +11,9 @@ Beyond the paper:
   counts against work: the rank is `work - aging * waited`. All ranks fall alike as time passes, so the order of any
   two longs never changes while they wait, and each is first after a bounded time.
 - Shorts go by deadline where clients give one.
-- Longs leave as many replicas to shorts as these have kept busy lately, times `shorts_spare`: what a burst
-  needs beyond that, it gets by pausing.
+- Longs leave some replicas to shorts, `shorts_spare` times as many as these have kept busy lately, where that costs
+  less than pausing: a short that pauses a group of d stops d replicas to use one. What a burst needs beyond, it
+  gets by pausing. Small groups are cheap to pause, and take every place.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from common.units import RequestId, WorkerId
 NO_DEADLINE_S = 10.0
 """A short without a deadline is due this long after its arrival: it yields to those that are due sooner, and is never
 passed over for longer."""
+NODES_MAX = 8
+"""Of the largest groups that are thought of."""
 LOAD_WINDOW_S = 30.0
 """Over which the load of shorts is averaged."""
 
@@ -45,6 +48,8 @@ class PecSchedPolicy:
         self._shorts = RequestQueue(_due_s)
         self._longs = RequestQueue(self._rank_of_long if config.long_order == "remaining" else by_arrival)
         self._load = ShortLoad()
+        self._wished: tuple[tuple[RequestId, int] | None, int] = (None, 0)
+        """Over how many replicas the first of the longs would be spread in an empty cluster of so many."""
         self._touched: dict[RequestId, Request] = {}
         """Longs whose pause may have to begin or end."""
         self._timers: Timers[RequestId] = Timers()
@@ -118,11 +123,28 @@ class PecSchedPolicy:
         request = self._longs.head()
         if request is None:
             return None
-        seats_max = len(cluster.seats)
-        if self._config.shorts_spare > 0.0 and len(cluster.prefilling) + len(cluster.paused) > 0:
-            seats_max -= math.ceil(self._config.shorts_spare * self._load.replicas(now_s))
-        members = group_for_long(cluster, self._config, self._planner, request, seats_max)
+        if not cluster.seats:
+            return None
+        seats = len(cluster.seats)
+        members = group_for_long(
+            cluster, self._config, self._planner, request, seats - self._spare(cluster, request, now_s)
+        )
+        if not members and not cluster.prefilling and not cluster.paused:
+            members = group_for_long(cluster, self._config, self._planner, request, seats)  # one must run
         return PlaceLong(request, members) if members else None
+
+    def _spare(self, cluster: Cluster, request: Request, now_s: float) -> int:
+        """How many replicas this long leaves to shorts."""
+        if self._config.shorts_spare <= 0.0 or self._config.group_max == 1:
+            return 0
+        busy = self._load.replicas(now_s)
+        spare = math.ceil(self._config.shorts_spare * busy)
+        key = (request.request_id, len(cluster.replicas))
+        if self._wished[0] != key:
+            by_node, kv_tokens = cluster.replicas_by_node(NODES_MAX), cluster.kv_max("prefill")
+            degree = self._planner.degree(request.tokens, request.spec.kv_tokens, by_node, kv_tokens)
+            self._wished = key, degree
+        return spare if busy * (self._wished[1] - 1) > spare - busy else 0
 
     def _next_pause_change(self, cluster: Cluster, now_s: float) -> Decision | None:
         while self._touched:

@@ -92,7 +92,7 @@ def group_for_long(
     leaves the fewest places in, and of each node the replicas with the fewest queued tokens.
     """
     seats_max = min(seats_max, config.group_max, len(cluster.seats))
-    if seats_max <= 0 or not cluster.can_form_groups:
+    if request.spec.kv_tokens > seats_max * cluster.kv_max("prefill") or not cluster.can_form_groups:
         return ()
     if config.group_max == 1:
         return _single(cluster, request.spec.kv_tokens)

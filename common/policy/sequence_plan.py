@@ -134,8 +134,10 @@ class SpPlanner:
         plain_ring: Ring = "contiguous",
         efficiency_min: float = EFFICIENCY_MIN,
         degree_max: int = DEGREE_MAX,
+        large_groups: bool = False,
     ) -> None:
-        """Raises: ValueError."""
+        """`large_groups`: as large as fast SP would make them, though a plain ring is less efficient in them.
+        Raises: ValueError."""
         if not 0 < efficiency_min <= 1:
             raise ValueError(f"efficiency_min {efficiency_min}: must be above 0 and at most 1")
         if degree_max < 1:
@@ -145,6 +147,8 @@ class SpPlanner:
         self._plain_ring = plain_ring
         self._efficiency_min = efficiency_min
         self._degree_max = degree_max
+        self._estimate_s = self._balanced_s if large_groups else self.prefill_s
+        """By which groups are sized."""
         self._balanced: dict[tuple[int, Layout], float] = {}
         self._plain: dict[tuple[int, Layout], float] = {}
 
@@ -157,8 +161,8 @@ class SpPlanner:
         parallel efficiency against the fewest, prefill_s(fewest)·fewest / (prefill_s(d)·d), stays at `efficiency_min`
         or above. 0 where the KV needs more than there are, or than `degree_max`.
 
-        The estimates are fast SP's even where the prefill is a plain ring: the switch says how a group works,
-        not how large it is."""
+        The estimates are of the way the group will work: a plain ring loses efficiency early, so its groups stay
+        small, unless large ones were asked for."""
         if kv_free_tokens < 1:
             return 0
         fewest = max(1, -(-kv_tokens // kv_free_tokens))
@@ -167,13 +171,13 @@ class SpPlanner:
         layout = layout_of(free_by_node, fewest)
         if not layout or tokens < _tokens_min(layout):
             return 0
-        best, best_s = fewest, self._balanced_s(tokens, layout)
+        best, best_s = fewest, self._estimate_s(tokens, layout)
         work_s = best_s * fewest
         for degree in range(fewest + 1, self._degree_max + 1):
             layout = layout_of(free_by_node, degree)
             if not layout or tokens < _tokens_min(layout):
                 break
-            took_s = self._balanced_s(tokens, layout)
+            took_s = self._estimate_s(tokens, layout)
             if work_s < self._efficiency_min * took_s * degree:
                 break
             if took_s < best_s:
