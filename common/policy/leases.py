@@ -60,9 +60,10 @@ class Leases:
 
     def missing_role(self, now_s: float, *, is_long: bool) -> Role | None:
         """A role such a request needs and that nobody has filled for too long."""
-        needed: tuple[Role, ...] = (
-            ("prefill worker", "SP coordinator") if is_long else ("prefill worker", "decode worker")
-        )
+        second: Role = "SP coordinator" if is_long else "decode worker"
+        needed: tuple[Role, ...] = ("prefill worker", second)
+        if not is_long and not self._config.disaggregation:
+            needed = ("prefill worker",)
         for role in needed:
             since_s = self._missing_since.get(role)
             if since_s is not None and now_s - since_s >= self._config.no_worker_s:

@@ -52,7 +52,9 @@ class SoloCosts:
         self._layers = layers
 
     def prefill_s(self, tokens: int, layout: Layout) -> float:
-        """See `LongCosts`."""
+        """See `LongCosts`. Raises: ValueError for another layout than (1,)."""
+        if layout != (1,):
+            raise ValueError(f"layout {layout}: what one worker measured tells of groups of one")
         done, seconds = 0, 0.0
         while done < tokens:
             chunk = min(self._costs.chunk_tokens(done), tokens - done)

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from heapq import heappop
 
 import pytest
 
+from common.messages.cluster import StepCost
+from common.policy.cluster import SchedulerConfig
+from common.policy.cost_model import Link, StepCostModel
+from loadtest.simulator.costs import SoloCosts
 from loadtest.simulator.decode_batch import DecodeBatch
 from loadtest.simulator.errors import SimulationError
 from loadtest.simulator.group import Group
@@ -15,7 +20,7 @@ from loadtest.simulator.replica import Replica
 from loadtest.simulator.scenario import PRESETS
 from loadtest.simulator.timeline import Countdown, Timeline
 from loadtest.simulator.usage import Usage, is_denied
-from loadtest.simulator.world import simulate
+from loadtest.simulator.world import ClusterShape, World, simulate
 from tests.loadtest.sim_cluster import (
     DECODE_S,
     HOP_S,
@@ -392,6 +397,15 @@ def test_without_disaggregation_a_short_decodes_where_it_prefilled():
     ]
 
 
+def test_without_disaggregation_nobody_misses_a_decode_worker():
+    late_s = SchedulerConfig().no_worker_s + 2.0
+    (short,) = outcomes([(late_s, 300, 11)], decode=0, disaggregation=False)
+    assert short.failure is None
+    assert short.finished_s is not None
+    (refused,) = outcomes([(late_s, 300, 11)], decode=0)
+    assert "no decode worker" in refused.failure
+
+
 def test_without_disaggregation_prefills_share_the_steps_of_what_decodes():
     first, second = outcomes([(0.0, 100, 101), (0.5, 300, 2)], decode=0, disaggregation=False)
     pass_s = DECODE_S + ROW_S + 300 * TOKEN_S
@@ -414,28 +428,39 @@ def random_arrivals(count: int, seed: int, *, longs: float = 0.1) -> list[tuple[
     return arrivals
 
 
-@pytest.mark.parametrize("switches", [{}, {"colocation": False}, {"preemption": False}, {"policy": "fifo"}])
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        {"colocation": False},
+        {"preemption": False},
+        {"disaggregation": False, "prefill": 8, "decode": 0},
+        {"policy": "fifo"},
+        {"policy": "reservation", "reserved_long_tokens": 8_000},
+        {"policy": "priority"},
+    ],
+)
 def test_everything_ends_nothing_is_held_and_the_books_are_exact_throughout(switches):
-    world = build(prefill=6, decode=2, per_node=4, degree=2, **switches)
-    result = world.run(workload(*random_arrivals(200, seed=3)))
+    world = build(**{"prefill": 6, "decode": 2, "per_node": 4, "degree": 2, **switches})
+    result = world.run(workload(*random_arrivals(100, seed=3)))
     assert not result.stalled
-    assert [outcome.failure for outcome in result.outcomes] == [None] * 200
+    assert [outcome.failure for outcome in result.outcomes] == [None] * 100
     for outcome in result.outcomes:
         assert outcome.arrived_s < outcome.prefill_started_s < outcome.first_token_s <= outcome.finished_s
     for worker in (*world._replicas.values(), *world._decoders.values()):
         assert worker.kv._held == {}
     assert not world._core.cluster.requests
     assert all(not worker.held for worker in world._core.cluster.workers())
-    assert result.counters["finished"] == 200
+    assert result.counters["finished"] == 100
     assert result.counters.get("pauses", 0) == sum(outcome.pauses for outcome in result.outcomes)
 
 
 def test_the_same_seed_gives_a_byte_identical_log_and_another_seed_another():
-    arrivals = random_arrivals(120, seed=5)
+    arrivals = random_arrivals(60, seed=5)
     logs = [run(arrivals, prefill=3, decode=1, seed=seed, record=True).event_log for seed in (1, 1, 2)]
     assert logs[0] == logs[1]
     assert logs[0] != logs[2], "pauses end at other moments"
-    assert logs[0].count(b"\n") > 120 * 10
+    assert logs[0].count(b"\n") > 60 * 10
     without = run(arrivals, prefill=3, decode=1, seed=1)
     assert without.event_log == b""
     assert without.spans == []
@@ -551,13 +576,38 @@ def test_starving_is_getting_little_of_what_shorts_leave(short_s, long_s, denied
 # --- with the models of the project ----------------------------------------------------------------
 
 
+def test_workers_that_measured_themselves_make_groups_of_one():
+    """As `loadtest fidelity` needs it: no planner, costs of passes as a live worker announces them."""
+    cost = StepCost(pass_s=0.02, token_s=0.0007, pair_s=8e-8)
+    link = Link(latency_s=0.0002, bytes_s=2e9)
+    costs = StepCostModel(
+        cost,
+        cost,
+        layers=30,
+        kv_capacity_tokens=32_768,
+        kv_bytes_per_token=20_000,
+        link=link,
+        step_s_max=0.03,
+        chunk_tokens_max=512,
+    )
+    shape = ClusterShape(nodes=1, replicas_per_node=3, decode_replicas=1, gpus_per_replica=1, layers=30)
+    world = World(shape, SchedulerConfig(), costs, SoloCosts(costs, 30), None)
+    result = world.run(dataclasses.replace(workload((0.0, 6_000, 16), (1.0, 200, 16)), threshold_tokens=2_048))
+    long, short = result.outcomes
+    assert long.first_token_s - long.prefill_started_s == pytest.approx(SoloCosts(costs, 30).prefill_s(6_000, (1,)))
+    assert short.first_token_s - short.prefill_started_s == pytest.approx(costs.batch_s([200]))
+    assert short.finished_s < long.first_token_s
+    with pytest.raises(ValueError, match="groups of one"):
+        SoloCosts(costs, 30).prefill_s(6_000, (2,))
+
+
 def test_a_preset_runs_with_the_projects_own_costs():
     scenario = PRESETS["mistral-7b"]
     rng = random.Random(1)
     arrivals = [(0.2 * n, rng.randint(200, 3_000), rng.randint(1, 100)) for n in range(100)]
     arrivals += [(0.5 + 5.0 * n, rng.randint(100_000, 300_000), 20) for n in range(3)]
     made = workload(*arrivals)
-    made = type(made)(made.name, made.arrivals, 5_000)
+    made = dataclasses.replace(made, threshold_tokens=5_000)
     result = simulate(scenario, made, policy="pecsched", seed=1)
     assert not result.stalled
     assert all(outcome.finished_s is not None for outcome in result.outcomes)
