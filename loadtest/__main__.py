@@ -13,7 +13,7 @@ from typing import Any
 import loadtest
 from common import logs
 from common.errors import PecSchedError
-from loadtest import engine, fit_costs, mixed, mixed_report, overhead, pause, report, sim
+from loadtest import engine, fit_costs, mixed, mixed_report, overhead, paper, pause, report, sim
 
 EXIT_INTERRUPTED = 130
 
@@ -188,6 +188,9 @@ BENCHMARKS = {
         fit_costs.show,
     ),
     "sim": Benchmark("a workload on a simulated cluster", sim.__doc__, sim.add_flags, sim.run, sim.show),
+    "paper": Benchmark(
+        "the paper's experiments, simulated, beside its figures", paper.__doc__, paper.add_flags, paper.run, paper.show
+    ),
 }
 
 
