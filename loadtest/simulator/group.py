@@ -276,15 +276,16 @@ class Group:
 
     def set_extra(self, member: Replica, extra_s: float) -> None:
         """A decode step takes so much longer on this member, infinitely while it stands still."""
-        if self._state is not State.DECODING:
-            return
-        known_s = self._extras.get(member.worker_id, 0.0)
+        extras = self._extras
         if extra_s <= 0.0:
-            self._extras.pop(member.worker_id, None)
+            if extras.pop(member.worker_id, None) is None:
+                return
+        elif extras.get(member.worker_id) == extra_s:
+            return
         else:
-            self._extras[member.worker_id] = extra_s
-        if known_s != extra_s:
-            step_s = self._decode_step_s + max(self._extras.values(), default=0.0)
+            extras[member.worker_id] = extra_s
+        if self._state is State.DECODING:
+            step_s = self._decode_step_s + max(extras.values(), default=0.0)
             self._set_decode_rate(0.0 if math.isinf(step_s) else 1.0 / step_s)
 
     def _set_decode_rate(self, rate: float) -> None:

@@ -215,7 +215,7 @@ class World:
             self._timeline.at(self._arrivals[0].at_s + self._site.hop_s, self._arrive, 0)
         with _calm_collector():
             self._loop(progress)
-        return self._result()
+            return self._result()
 
     def _loop(self, progress: Progress | None) -> None:
         timeline, heap = self._timeline, self._timeline.heap
