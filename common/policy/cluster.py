@@ -141,6 +141,11 @@ class Replica(Worker):
     def has_shorts(self) -> bool:
         return self.queued_tokens > 0 or bool(self.resident)
 
+    @property
+    def is_vacant(self) -> bool:
+        """Neither shorts nor the prefill of a long."""
+        return self.long is None and not self.queued_tokens and not self.resident
+
 
 @dataclass(slots=True, eq=False)
 class Decoder(Worker):
@@ -166,8 +171,10 @@ class Cluster:
         """Replicas whose prefill place a long holds that is not paused, by queued tokens."""
         self.paused = LoadIndex()
         """Replicas whose long is paused, or about to be, by queued tokens."""
-        self.seats = NodeIndex()
-        """Replicas whose prefill place is free, by node and queued tokens."""
+        self.seats: set[WorkerId] = set()
+        """Replicas whose prefill place is free."""
+        self.vacant = NodeIndex()
+        """Those of them that have no shorts either, by node."""
         self.decoder_load = LoadIndex()
         """Decoders by reserved KV."""
         self.can_form_groups = False
@@ -214,7 +221,7 @@ class Cluster:
         if replica is not None:
             self._per_node[replica.profile.node] -= 1
         self.decoders.pop(worker_id, None)
-        for index in (*self._homes, self.seats, self.decoder_load):
+        for index in (*self._homes, self.seats, self.vacant, self.decoder_load):
             index.discard(worker_id)
         self._kv_max.clear()
 
@@ -235,9 +242,13 @@ class Cluster:
                 index.discard(worker.worker_id)
         home.set(worker.worker_id, worker.queued_tokens)
         if worker.long is None:
-            self.seats.set(worker.worker_id, worker.profile.node, worker.queued_tokens)
+            self.seats.add(worker.worker_id)
         else:
             self.seats.discard(worker.worker_id)
+        if worker.is_vacant:
+            self.vacant.add(worker.worker_id, worker.profile.node)
+        else:
+            self.vacant.discard(worker.worker_id)
 
     def _home_of(self, replica: Replica) -> LoadIndex:
         if replica.long is not None:

@@ -173,9 +173,11 @@ def replicas_are_indexed_by_their_state(cluster: Cluster) -> None:
         found = [home for home, index in homes.items() if name in index]
         require(found == [_home_of(cluster, replica)], f"{name}: indexed as {found}, is {_home_of(cluster, replica)}")
         require((name in cluster.seats) == (replica.long is None), f"{name}: seat")
+        require((name in cluster.vacant) == replica.is_vacant, f"{name}: vacancy")
     require(sum(map(len, homes.values())) == len(cluster.replicas), "a replica that is gone is indexed")
     free = sum(replica.long is None for replica in cluster.replicas.values())
     require(len(cluster.seats) == free, "a replica that is gone has a seat")
+    require(len(cluster.vacant) <= free, "a replica that is gone is vacant")
     served = {name for name, decoder in cluster.decoders.items() if not decoder.suspected}
     require(set(cluster.decoder_load.ids()) == served, "decoders that can be reached are indexed")
 

@@ -96,6 +96,11 @@ class Leases:
     def coordinator_gone(self) -> None:
         self._leases.drop(("coordinator", ""))
 
+    @property
+    def anybody_missing(self) -> bool:
+        """Whether some role is not filled, for however short a time."""
+        return bool(self._missing_since)
+
     def expired(self, now_s: float) -> Lost:
         lost = Lost()
         for kind, name in self._leases.due(now_s):

@@ -53,63 +53,56 @@ class LoadIndex:
 class NodeIndex:
     """Workers by node, nodes by how many workers they have here: where a group of k finds its place.
 
-    Set, discard, best: O(log n).
+    Add, discard: O(1). Best, largest: O(workers per node), whatever the number of nodes.
     """
 
     def __init__(self) -> None:
-        self._at: dict[WorkerId, tuple[str, int]] = {}
-        self._workers: dict[str, SortedList] = {}
-        self._load: dict[str, int] = {}
-        self._nodes: SortedList = SortedList()
-        """(workers, their load in all, node)"""
+        self._node_of: dict[WorkerId, str] = {}
+        self._workers: dict[str, dict[WorkerId, None]] = {}
+        self._of_size: list[dict[str, None]] = [{}]
+        """Nodes by the number of their workers. (Dictionaries for their order: the same events, the same groups.)"""
 
-    def set(self, worker_id: WorkerId, node: str, load: int) -> None:
-        if self._at.get(worker_id) == (node, load):
+    def add(self, worker_id: WorkerId, node: str) -> None:
+        if worker_id in self._node_of:
             return
-        self.discard(worker_id)
-        self._take_off(node)
-        self._at[worker_id] = (node, load)
-        self._workers.setdefault(node, SortedList()).add((load, worker_id))
-        self._load[node] = self._load.get(node, 0) + load
-        self._put_on(node)
+        self._node_of[worker_id] = node
+        workers = self._workers.setdefault(node, {})
+        self._of_size[len(workers)].pop(node, None)
+        workers[worker_id] = None
+        if len(self._of_size) == len(workers):
+            self._of_size.append({})
+        self._of_size[len(workers)][node] = None
 
     def discard(self, worker_id: WorkerId) -> None:
-        at = self._at.pop(worker_id, None)
-        if at is None:
+        node = self._node_of.pop(worker_id, None)
+        if node is None:
             return
-        node, load = at
-        self._take_off(node)
-        self._workers[node].remove((load, worker_id))
-        self._load[node] -= load
-        self._put_on(node)
-
-    def _take_off(self, node: str) -> None:
-        workers = self._workers.get(node)
-        if workers:
-            self._nodes.remove((len(workers), self._load[node], node))
-
-    def _put_on(self, node: str) -> None:
         workers = self._workers[node]
+        del self._of_size[len(workers)][node]
+        del workers[worker_id]
         if workers:
-            self._nodes.add((len(workers), self._load[node], node))
+            self._of_size[len(workers)][node] = None
         else:
-            del self._workers[node], self._load[node]
+            del self._workers[node]
 
     def best(self, count: int) -> str | None:
-        """The node that has `count` workers and the fewest more; among equals, the least load."""
-        place = self._nodes.bisect_left((count,))
-        return self._nodes[place][2] if place < len(self._nodes) else None
+        """The node that has `count` workers and the fewest more."""
+        for nodes in self._of_size[count:]:
+            for node in nodes:
+                return node
+        return None
 
     def largest(self, count: int = CANDIDATES_MAX) -> list[tuple[int, str]]:
         """The `count` nodes with the most workers: (workers, node)."""
-        return [(size, node) for size, _, node in islice(reversed(self._nodes), count)]
+        sizes = range(len(self._of_size) - 1, 0, -1)
+        return list(islice(((size, node) for size in sizes for node in self._of_size[size]), count))
 
-    def least(self, node: str, count: int) -> list[WorkerId]:
-        """The `count` least loaded workers of the node."""
-        return [worker_id for _, worker_id in islice(self._workers.get(node, ()), count)]
+    def of(self, node: str, count: int) -> list[WorkerId]:
+        """At most `count` workers of the node."""
+        return list(islice(self._workers.get(node, ()), count))
 
     def __len__(self) -> int:
-        return len(self._at)
+        return len(self._node_of)
 
     def __contains__(self, worker_id: WorkerId) -> bool:
-        return worker_id in self._at
+        return worker_id in self._node_of

@@ -42,6 +42,18 @@ class Membership:
         return self._leases.missing_role(self._ledger.now_s, is_long=is_long)
 
     def expire(self) -> None:
+        now_s = self._ledger.now_s
+        deadline_s = self._leases.next_deadline_s()
+        if deadline_s is not None and deadline_s <= now_s:
+            self._expire_leases()
+        for request_id in list(self._ledger.awaiting.due(now_s)):
+            request = self._cluster.requests.get(request_id)
+            if request is not None and request.state is RequestState.INTERRUPTED:
+                self._ledger.fail(request, "interrupted, and its router did not submit it again", True)
+        if self._leases.anybody_missing:
+            self._fail_unservable()
+
+    def _expire_leases(self) -> None:
         lost = self._leases.expired(self._ledger.now_s)
         for worker_id in lost.workers:
             self._lose_worker(worker_id, "gave no sign of life")
@@ -49,11 +61,6 @@ class Membership:
             self.lose_router(router_id)
         if lost.coordinator:
             self._lose_coordinator("the SP coordinator gave no sign of life")
-        for request_id in list(self._ledger.awaiting.due(self._ledger.now_s)):
-            request = self._cluster.requests.get(request_id)
-            if request is not None and request.state is RequestState.INTERRUPTED:
-                self._ledger.fail(request, "interrupted, and its router did not submit it again", True)
-        self._fail_unservable()
 
     def _fail_unservable(self) -> None:
         for is_long in (False, True):

@@ -123,9 +123,9 @@ class PecSchedPolicy:
         request = self._longs.head()
         if request is None:
             return None
-        if not cluster.seats:
-            return None
         seats = len(cluster.seats)
+        if not seats:
+            return None
         members = group_for_long(
             cluster, self._config, self._planner, request, seats - self._spare(cluster, request, now_s)
         )

@@ -87,32 +87,30 @@ def group_for_long(
 ) -> tuple[WorkerId, ...]:
     """Replicas for a long, in rank order, node by node; none: not now.
 
-    At most `seats_max` of those whose prefill place is free, and at most `group_max`. The nodes with the most
-    free places are looked at, a bounded number of them; a group that fits into one node takes the node it
-    leaves the fewest places in, and of each node the replicas with the fewest queued tokens.
+    At most `seats_max` of them, and at most `group_max`. Of several nodes, those with the most vacant replicas, a
+    bounded number of them; a group that fits into one node takes the node where it leaves the fewest. (A group
+    starts when its last member does: none of them has shorts waiting, so all queues are equally short.)
     """
-    seats_max = min(seats_max, config.group_max, len(cluster.seats))
+    seats_max = min(seats_max, config.group_max)
     if request.spec.kv_tokens > seats_max * cluster.kv_max("prefill") or not cluster.can_form_groups:
         return ()
     if config.group_max == 1:
         return _single(cluster, request.spec.kv_tokens)
-    candidates = {node: _candidates(cluster, node, seats_max) for _, node in cluster.seats.largest()}
-    free = sorted(((len(found), node) for node, found in candidates.items() if found), reverse=True)
-    kv_free = min((r.kv_free for found in candidates.values() for r in found), default=0)
-    left, by_node = seats_max, []
-    for size, _ in free:
+    left, by_node, members = seats_max, [], []
+    for size, node in cluster.vacant.largest():
         by_node.append(min(size, left))
+        members += cluster.vacant.of(node, by_node[-1])
         left -= by_node[-1]
         if not left:
             break
+    kv_free = min((cluster.replicas[worker_id].kv_free for worker_id in members), default=0)
     degree = planner.degree(request.tokens, request.spec.kv_tokens, by_node, kv_free)
-    if not degree:
-        return ()
-    one_node = cluster.seats.best(degree)
-    if one_node is not None and len(found := _candidates(cluster, one_node, degree)) == degree:
-        return tuple(replica.worker_id for replica in found)
-    ordered = [replica.worker_id for _, node in free for replica in candidates[node]]
-    return tuple(ordered[:degree])
+    one_node = cluster.vacant.best(degree) if degree else None
+    if one_node is not None:
+        alone = cluster.vacant.of(one_node, degree)
+        if all(cluster.replicas[worker_id].kv_free >= kv_free for worker_id in alone):
+            return tuple(alone)
+    return tuple(members[:degree])
 
 
 def _single(cluster: Cluster, kv_tokens: int) -> tuple[WorkerId, ...]:
@@ -122,13 +120,6 @@ def _single(cluster: Cluster, kv_tokens: int) -> tuple[WorkerId, ...]:
             if cluster.replicas[worker_id].kv_free >= kv_tokens:
                 return (worker_id,)
     return ()
-
-
-def _candidates(cluster: Cluster, node: str, count: int) -> list[Replica]:
-    """Replicas of the node whose prefill place is free and where no short waits: a group starts when its
-    last member does."""
-    found = (cluster.replicas[worker_id] for worker_id in cluster.seats.least(node, count))
-    return [replica for replica in found if not replica.has_shorts]
 
 
 def place_short(cluster: Cluster, config: SchedulerConfig, request: Request, now_s: float) -> Place | NoPlace:
