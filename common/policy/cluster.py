@@ -175,6 +175,8 @@ class Cluster:
         """Replicas whose prefill place is free."""
         self.vacant = NodeIndex()
         """Those of them that have no shorts either, by node."""
+        self.room_changes = 0
+        """Counts what may make room for a group: who found none need not look again before."""
         self.decoder_load = LoadIndex()
         """Decoders by reserved KV."""
         self.can_form_groups = False
@@ -246,9 +248,10 @@ class Cluster:
         else:
             self.seats.discard(worker.worker_id)
         if worker.is_vacant:
-            self.vacant.add(worker.worker_id, worker.profile.node)
+            changed = self.vacant.add(worker.worker_id, worker.profile.node)
         else:
-            self.vacant.discard(worker.worker_id)
+            changed = self.vacant.discard(worker.worker_id)
+        self.room_changes += changed
 
     def _home_of(self, replica: Replica) -> LoadIndex:
         if replica.long is not None:
@@ -256,8 +259,8 @@ class Cluster:
             return self.paused if stands else self.prefilling
         return self.decoding if replica.decoding else self.idle
 
-    def long_moved(self, request: Request) -> None:
-        """Its state changed: its replicas may be in another index now."""
+    def reindex_members(self, request: Request) -> None:
+        """It stands still, or runs again: its replicas belong in another index."""
         for worker_id in request.members:
             replica = self.replicas.get(worker_id)
             if replica is not None and replica.long == request.request_id:
@@ -277,6 +280,8 @@ class Cluster:
         worker = self.worker(worker_id)
         if worker is None:
             return False
+        request = self.requests.get(key[0])
+        self.room_changes += request is None or request.is_long
         reservation = worker.held.pop(key, None)
         if reservation is not None:
             worker.kv_reserved -= reservation.tokens

@@ -23,7 +23,7 @@ from common.policy.core import require
 from common.policy.decisions import SchedulingPolicy
 from common.policy.fifo import FifoPolicy
 from common.policy.invariants import check_books
-from common.policy.lifecycle import IN_GROUP, RequestState, table_of
+from common.policy.lifecycle import IN_GROUP, STANDING_LONG, RequestState, table_of
 from common.policy.long_planner import LongPlanner, SingleReplicaPlanner
 from common.policy.pecsched import PecSchedPolicy
 from common.policy.priority import PriorityPolicy
@@ -96,6 +96,7 @@ class Ledger:
         name = request.request_id
         table = table_of(long=request.is_long)
         require_legal(table, request.state, state, who=name, story=partial(self.stories.tell, name))
+        index_changes = (request.state in STANDING_LONG) != (state in STANDING_LONG)
         request.state = state
         request.state_since_s = self.now_s
         if request.is_long:
@@ -103,7 +104,8 @@ class Ledger:
                 self.grouped[request.request_id] = request
             else:
                 self.grouped.pop(request.request_id, None)
-            self.cluster.long_moved(request)
+            if index_changes:
+                self.cluster.reindex_members(request)
             self.policy.long_changed(request)
 
     def current(self, request_id: RequestId, attempt: int) -> Request | None:

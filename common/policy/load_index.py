@@ -62,9 +62,10 @@ class NodeIndex:
         self._of_size: list[dict[str, None]] = [{}]
         """Nodes by the number of their workers. (Dictionaries for their order: the same events, the same groups.)"""
 
-    def add(self, worker_id: WorkerId, node: str) -> None:
+    def add(self, worker_id: WorkerId, node: str) -> bool:
+        """Whether it was not here yet."""
         if worker_id in self._node_of:
-            return
+            return False
         self._node_of[worker_id] = node
         workers = self._workers.setdefault(node, {})
         self._of_size[len(workers)].pop(node, None)
@@ -72,11 +73,13 @@ class NodeIndex:
         if len(self._of_size) == len(workers):
             self._of_size.append({})
         self._of_size[len(workers)][node] = None
+        return True
 
-    def discard(self, worker_id: WorkerId) -> None:
+    def discard(self, worker_id: WorkerId) -> bool:
+        """Whether it was here."""
         node = self._node_of.pop(worker_id, None)
         if node is None:
-            return
+            return False
         workers = self._workers[node]
         del self._of_size[len(workers)][node]
         del workers[worker_id]
@@ -84,6 +87,7 @@ class NodeIndex:
             self._of_size[len(workers)][node] = None
         else:
             del self._workers[node]
+        return True
 
     def best(self, count: int) -> str | None:
         """The node that has `count` workers and the fewest more."""

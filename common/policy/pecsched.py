@@ -36,6 +36,8 @@ NO_DEADLINE_S = 10.0
 passed over for longer."""
 NODES_MAX = 8
 """Of the largest groups that are thought of."""
+TRY_AGAIN_S = 0.5
+"""A long that found no room looks again when there is more of it, or after this time: shorts may bring less load now."""
 LOAD_WINDOW_S = 30.0
 """Over which the load of shorts is averaged."""
 
@@ -48,6 +50,10 @@ class PecSchedPolicy:
         self._shorts = RequestQueue(_due_s)
         self._longs = RequestQueue(self._rank_of_long if config.long_order == "remaining" else by_arrival)
         self._load = ShortLoad()
+        self._tried: tuple[RequestId, int] | None = None
+        """The long that found no room, and when by the cluster's count of changes."""
+        self._try_again_s = 0.0
+        self._wake_for_long_s: float | None = None
         self._wished: tuple[tuple[RequestId, int] | None, int] = (None, 0)
         """Over how many replicas the first of the longs would be spread in an empty cluster of so many."""
         self._touched: dict[RequestId, Request] = {}
@@ -81,7 +87,8 @@ class PecSchedPolicy:
         """Nothing here is bound to a worker."""
 
     def decoder_eased(self) -> None:
-        """Every decision looks at the cluster itself."""
+        """Every decision looks at the cluster itself. (A coordinator may have come.)"""
+        self._tried = None
 
     def replica_eased(self, worker_id: WorkerId, cluster: Cluster) -> None:
         replica = cluster.replicas.get(worker_id)
@@ -122,16 +129,29 @@ class PecSchedPolicy:
     def _next_long(self, cluster: Cluster, now_s: float) -> Decision | None:
         request = self._longs.head()
         if request is None:
+            self._wake_for_long_s = None
             return None
+        tried = (request.request_id, cluster.room_changes)
+        if tried == self._tried and now_s < self._try_again_s:
+            return None
+        members = self._group_for(cluster, request, now_s)
+        if members:
+            self._tried = None
+            return PlaceLong(request, members)
+        self._tried, self._try_again_s = tried, now_s + TRY_AGAIN_S
+        self._wake_for_long_s = self._try_again_s if cluster.seats else None
+        return None
+
+    def _group_for(self, cluster: Cluster, request: Request, now_s: float) -> tuple[WorkerId, ...]:
         seats = len(cluster.seats)
-        if not seats:
-            return None
+        if not seats or not cluster.can_form_groups:
+            return ()
         members = group_for_long(
             cluster, self._config, self._planner, request, seats - self._spare(cluster, request, now_s)
         )
         if not members and not cluster.prefilling and not cluster.paused:
             members = group_for_long(cluster, self._config, self._planner, request, seats)  # one must run
-        return PlaceLong(request, members) if members else None
+        return members
 
     def _spare(self, cluster: Cluster, request: Request, now_s: float) -> int:
         """How many replicas this long leaves to shorts."""
@@ -182,10 +202,8 @@ class PecSchedPolicy:
         return False
 
     def next_deadline_s(self) -> float | None:
-        timer_s = self._timers.next_s()
-        if self._retry_s is None or timer_s is None:
-            return timer_s if self._retry_s is None else self._retry_s
-        return min(timer_s, self._retry_s)
+        wishes = (self._timers.next_s(), self._retry_s, self._wake_for_long_s)
+        return min((at_s for at_s in wishes if at_s is not None), default=None)
 
     # --- for people ------------------------------------------------------------------------------
 
