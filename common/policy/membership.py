@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from common.messages.cluster import CoordinatorHeartbeat, RouterHeartbeat, WorkerHeartbeat, WorkerLeft, WorkerProfile
 from common.messages.sp import DissolveGroup, PauseGroup, ResumeGroup
+from common.policy.capacity import beyond_capacity
 from common.policy.cluster import Decoder, HoldKey, Replica, Request
 from common.policy.leases import Leases, Role
 from common.policy.ledger import Ledger
@@ -23,13 +24,16 @@ class Membership:
         self._policy = ledger.policy
         self._counters = ledger.counters
         self._leases = Leases(ledger.config)
+        self._capacity_due_s: float | None = None
+        """Workers came or went: when what waits must fit those that are there."""
 
     def begin(self) -> None:
         """Before each event."""
         self._leases.started(self._ledger.now_s)
 
     def next_deadline_s(self) -> float | None:
-        return self._leases.next_deadline_s()
+        deadlines = (self._leases.next_deadline_s(), self._capacity_due_s)
+        return min((d for d in deadlines if d is not None), default=None)
 
     def routers(self) -> Sequence[RouterId]:
         return sorted(self._leases.routers)
@@ -52,6 +56,9 @@ class Membership:
                 self._ledger.fail(request, "interrupted, and its router did not submit it again", True)
         if self._leases.anybody_missing:
             self._fail_unservable()
+        if self._capacity_due_s is not None and self._capacity_due_s <= self._ledger.now_s:
+            self._capacity_due_s = None
+            self._fail_too_long()
 
     def _expire_leases(self) -> None:
         lost = self._leases.expired(self._ledger.now_s)
@@ -70,6 +77,18 @@ class Membership:
                 continue
             for request in [r for r in self._policy.waiting(self._config.queue_max) if r.is_long is is_long]:
                 self._ledger.fail(request, f"no {missing} has been running for {self._config.no_worker_s:g} s", True)
+
+    def _capacity_changed(self) -> None:
+        if self._capacity_due_s is None:
+            self._capacity_due_s = self._ledger.now_s + self._config.no_worker_s
+
+    def _fail_too_long(self) -> None:
+        """Accepted when more workers were there, or none that could say: it would wait for ever, and others behind
+        it."""
+        for request in list(self._policy.waiting(len(self._cluster.requests))):
+            reason = beyond_capacity(self._cluster, self._config, request.spec, is_long=request.is_long)
+            if reason is not None:
+                self._ledger.fail(request, reason, False)
 
     def on_worker_heartbeat(self, event: WorkerHeartbeat) -> None:
         profile = event.profile
@@ -112,6 +131,7 @@ class Membership:
         worker = self._cluster.add_worker(profile, self._ledger.now_s)
         self._leases.roles_changed(self._cluster, self._ledger.now_s)
         self._policy.worker_added(profile.worker_id, self._cluster)
+        self._capacity_changed()
         return worker
 
     def on_worker_left(self, event: WorkerLeft) -> None:
@@ -131,6 +151,7 @@ class Membership:
         self._leases.worker_gone(worker_id)
         self._leases.roles_changed(self._cluster, self._ledger.now_s)
         self._policy.worker_lost(worker_id, self._cluster)
+        self._capacity_changed()
         self._counters["workers_lost"] += 1
         for request in needed:
             self._ledger.interrupt(request, f"worker {worker_id} {why}")

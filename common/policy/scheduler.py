@@ -44,6 +44,7 @@ from common.messages.sp import (
     ResumeGroup,
 )
 from common.messages.views import ClusterView
+from common.policy.capacity import beyond_capacity
 from common.policy.cluster import Cluster, Decoder, Request, SchedulerConfig
 from common.policy.core import TimePassed
 from common.policy.costs import decode_slot_tokens
@@ -226,15 +227,9 @@ class Scheduler:
         missing = self._membership.missing_role(is_long=is_long)
         if missing is not None:
             return "no_workers", f"no {missing} is running; try again later", 5.0
-        prefill_max, decode_max = self._cluster.kv_max("prefill"), self._cluster.kv_max("decode")
-        kv_tokens = spec.kv_tokens
-        group_kv_max = prefill_max * min(self._config.group_max, len(self._cluster.replicas))
-        if is_long and 0 < group_kv_max < kv_tokens:
-            return "too_long", _too_long(spec, kv_tokens, group_kv_max), None
-        if not self._config.disaggregation:
-            decode_max = prefill_max
-        if not is_long and (0 < prefill_max < spec.prompt.tokens or 0 < decode_max < decode_slot_tokens(kv_tokens)):
-            return "too_long", _too_long(spec, kv_tokens, min(prefill_max, decode_max)), None
+        too_long = beyond_capacity(self._cluster, self._config, spec, is_long=is_long)
+        if too_long is not None:
+            return "too_long", too_long, None
         if spec.attempt == 0 and self._policy.waiting_shorts() + self._policy.waiting_longs() >= self._config.queue_max:
             return "queue_full", f"{self._config.queue_max} requests are waiting already; try again later", 1.0
         return None
@@ -438,10 +433,3 @@ class Scheduler:
     def _pause(self, request: Request) -> None:
         self._ledger.move(request, RequestState.PAUSING)
         self._ledger.emit(PauseGroup(request_id=request.request_id, attempt=request.spec.attempt))
-
-
-def _too_long(spec: RequestSpec, kv_tokens: int, kv_max: int) -> str:
-    return (
-        f"prompt of {spec.prompt.tokens} tokens and max_tokens {spec.max_tokens} need KV for {kv_tokens} tokens; "
-        f"the largest worker holds {kv_max}: shorten the prompt or lower max_tokens"
-    )
