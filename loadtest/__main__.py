@@ -13,7 +13,7 @@ from typing import Any
 import loadtest
 from common import logs
 from common.errors import PecSchedError
-from loadtest import engine, fit_costs, mixed, mixed_report, overhead, paper, pause, report, sim
+from loadtest import engine, fidelity, fit_costs, mixed, mixed_report, overhead, paper, pause, report, scale, sim
 
 EXIT_INTERRUPTED = 130
 
@@ -167,6 +167,45 @@ def _engine(flags: argparse.Namespace) -> dict[str, Any]:
     )
 
 
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        seeds = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError("must be whole numbers, like 0,1,2") from None
+    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError("must be different, and none negative")
+    return seeds
+
+
+def _fidelity_flags(parser: argparse.ArgumentParser) -> None:
+    options = fidelity.FidelityOptions()
+    parser.add_argument("--seeds", type=_seeds, default=options.seeds, metavar="N,N", help="a load for each [0,1,2]")
+    parser.add_argument("--shorts", type=_positive, default=options.shorts, help="at least so many per seed [120]")
+    parser.add_argument("--longs", type=_positive, default=options.longs, help="at least so many per seed [3]")
+    parser.add_argument("--short-rps", type=_rate, default=options.short_rps, help="arrivals per second [0.5]")
+    parser.add_argument("--long-rps", type=_rate, default=options.long_rps, help="arrivals per second [0.012]")
+    parser.add_argument("--short-tokens", type=_range, default=options.short_tokens, metavar="LOW-HIGH")
+    parser.add_argument("--long-tokens", type=_range, default=options.long_tokens, metavar="LOW-HIGH")
+    parser.add_argument(
+        "--serve", default="", metavar="FLAGS", help="more flags for `pecsched serve`, as one argument: --serve '…'"
+    )
+
+
+def _fidelity(flags: argparse.Namespace) -> dict[str, Any]:
+    return fidelity.run(
+        fidelity.FidelityOptions(
+            seeds=flags.seeds,
+            shorts=flags.shorts,
+            longs=flags.longs,
+            short_rps=flags.short_rps,
+            long_rps=flags.long_rps,
+            short_tokens=flags.short_tokens,
+            long_tokens=flags.long_tokens,
+            serve_flags=tuple(shlex.split(flags.serve)),
+        )
+    )
+
+
 BENCHMARKS = {
     "mixed": Benchmark(
         "shorts alone, mixed under FIFO, mixed under PecSched", mixed.__doc__, _mixed_flags, _mixed, mixed_report.show
@@ -190,6 +229,16 @@ BENCHMARKS = {
     "sim": Benchmark("a workload on a simulated cluster", sim.__doc__, sim.add_flags, sim.run, sim.show),
     "paper": Benchmark(
         "the paper's experiments, simulated, beside its figures", paper.__doc__, paper.add_flags, paper.run, paper.show
+    ),
+    "scale": Benchmark(
+        "what a decision costs, 32 to 8,192 GPUs", scale.__doc__, scale.add_flags, scale.run, scale.show
+    ),
+    "fidelity": Benchmark(
+        "the simulator's predictions beside the live cluster",
+        fidelity.__doc__,
+        _fidelity_flags,
+        _fidelity,
+        fidelity.show,
     ),
 }
 
