@@ -1,9 +1,11 @@
 """Reservation (Llumnix, as the paper runs it): replicas set aside for longs, the others for shorts only.
 
-Set aside are as many as the longest prompt the model may get (`reserved_long_tokens`) is spread over, by the same
-planner that spreads every long, nodes as whole as possible; at least one replica stays for shorts. Both sides are
-served first come, first served (`lines.py`). A long for which the reserved part is too small, because it is longer
-than foreseen or the cluster has too few replicas, stands in the lines of any: it was accepted, so it has to end.
+Set aside are as many as the longest prompt the model may get (`reserved_long_tokens`) is spread over by the same
+planner that spreads every long, nodes as whole as possible. A planner may ask for the whole cluster, as a matter of
+speed; then the longs' part is half of it (`SHARE_MAX`), or more if the KV of that prompt needs more. At least one
+replica stays for shorts. Both sides are served first come, first served (`lines.py`). A long for which the reserved
+part is too small, because it is longer than foreseen or the cluster has too few replicas, stands in the lines of any:
+it was accepted, so it has to end.
 
 The parts are drawn anew when a replica comes or goes, and as few as possible change sides; who stands in the line
 of one that does is bound anew. What runs there is left to end.
@@ -11,6 +13,7 @@ of one that does is bound anew. What runs there is left to end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from common.policy.cluster import Cluster, Request, SchedulerConfig
@@ -20,6 +23,10 @@ from common.policy.long_planner import LongPlanner
 from common.policy.replica_pool import ReplicaPool
 from common.policy.unpaused import UnpausedPolicy
 from common.units import WorkerId
+
+SHARE_MAX = 0.5
+"""Of the replicas, for the sake of speed alone. Left with one replica, shorts would queue for minutes at a tenth of
+what the cluster can do, and the comparison would be with a straw man."""
 
 
 class ReservationPolicy(UnpausedPolicy):
@@ -95,10 +102,18 @@ class ReservationPolicy(UnpausedPolicy):
         pool = ReplicaPool()
         for worker_id, replica in cluster.replicas.items():
             pool.set(replica, 0 if worker_id in self._lines.for_longs else 1)
+        replicas = len(pool)
         spread = pool.spread(self._longest, self._config.group_max)
-        return set(pool.group(spread.within(len(cluster.replicas) - 1)))
+        if spread.degree == 0:
+            return set()
+        for_kv = math.ceil(self._tokens(replicas, spread.kv_capacity) / spread.kv_capacity)
+        enough = max(for_kv, math.floor(SHARE_MAX * replicas))
+        return set(pool.group(spread.within(min(enough, replicas - 1))))
+
+    def _tokens(self, replicas: int, kv_capacity: int) -> int:
+        """Of the longest prompt, or of what all replicas can hold if that is less."""
+        return min(self._config.reserved_long_tokens, replicas * kv_capacity)
 
     def _longest(self, sizes: Sequence[int], kv_capacity: int) -> int:
-        """The degree of the longest prompt, or of what all of them can hold if that is less."""
-        tokens = min(self._config.reserved_long_tokens, sum(sizes) * kv_capacity)
+        tokens = self._tokens(sum(sizes), kv_capacity)
         return self._planner.degree(tokens, tokens, sizes, kv_capacity)

@@ -282,7 +282,8 @@ def test_decode_workers_are_given_in_order_of_arrival() -> None:
     ("replicas", "longest", "for_longs"),
     [
         (8, 30_000, 3),  # two hold its KV, the planner adds one
-        (8, 70_000, 5),
+        (8, 70_000, 4),  # the planner would add one for speed, but half is enough
+        (8, 90_000, 5),  # of which its KV needs all
         (8, 10_000_000, 7),  # more than all can hold: one stays for shorts
         (2, 30_000, 1),
         (1, 30_000, 0),
@@ -301,7 +302,7 @@ def test_as_many_replicas_are_set_aside_as_the_longest_prompt_is_spread_over(
 
 
 def test_shorts_queue_up_while_reserved_replicas_idle_and_longs_while_others_do() -> None:
-    place = world("reservation", 4, reserved_long_tokens=25_000, batch_tokens_max=10)
+    place = world("reservation", 4, reserved_long_tokens=55_000, batch_tokens_max=10)
     lines = lines_of(place)
     for i in range(6):
         submit(place, f"s{i}", 100)
@@ -327,7 +328,7 @@ def test_a_lone_replica_serves_both() -> None:
 
 
 def test_the_parts_are_drawn_again_when_a_reserved_replica_is_lost() -> None:
-    place = world("reservation", 4, reserved_long_tokens=15_000)
+    place = world("reservation", 5, reserved_long_tokens=15_000)
     submit(place, "s", 10)
     lines = lines_of(place)
     assert set(lines.for_longs.ids()) == {"p0", "p1"}
@@ -337,7 +338,7 @@ def test_the_parts_are_drawn_again_when_a_reserved_replica_is_lost() -> None:
     place.scheduler.handle(_left("p0"), place.now_s)
     assert len(lines.for_longs) == 2
     assert set(lines.for_longs.ids()) == {"p2", "p3"}, "of one node"
-    assert set(lines.for_shorts.ids()) == {"p1"}
+    assert set(lines.for_shorts.ids()) == {"p1", "p4"}
 
 
 def _left(worker_id: str) -> WorkerLeft:
