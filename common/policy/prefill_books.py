@@ -103,9 +103,11 @@ class PrefillBooks:
         place, story = self.next_place(), partial(self.story, spec.request_id)
         handoff = None
         if isinstance(order, RunPrefill):
-            if spec.max_tokens > 1:
+            if spec.max_tokens > 1 and order.decode_worker_id != order.worker_id:
                 handoff = HandoffTarget(worker_id=order.decode_worker_id, address=order.decode_address)
-            self.jobs[spec.request_id] = ShortJob(spec, place, story, handoff=handoff, received_s=self.now_s)
+            self.jobs[spec.request_id] = ShortJob(
+                spec, place, story, handoff=handoff, exclusive=order.exclusive, received_s=self.now_s
+            )
         else:
             self.jobs[spec.request_id] = LongJob(spec, place, story)
         self.out.do(OpenSequence(spec=spec, handoff=handoff))
@@ -164,7 +166,10 @@ class PrefillBooks:
         asked = set(job.asked)
         if isinstance(job, ShortJob):
             if verdict is not None and verdict.kind == "failed":
-                self.out.prefill_failed(job.request_id, job.attempt, verdict)
+                if job.generated and job.handoff is None:
+                    self.out.decode_failed(job, verdict)
+                else:
+                    self.out.prefill_failed(job.request_id, job.attempt, verdict)
             self.out.kv_released(job.request_id, job.attempt, freed)
             asked.discard(("scheduler", job.attempt))
         elif verdict is not None and verdict.kind != "finished" and ("coordinator", job.attempt) not in asked:
@@ -185,12 +190,15 @@ class PrefillBooks:
         if plan.resumed is not None:
             self.out.do(ResumePass(pass_id=self._passes, request_id=plan.resumed.request_id))
         else:
-            self.out.do(RunPass(pass_id=self._passes, segments=plan.segments))
+            background = plan.kind == "chunk"
+            self.out.do(RunPass(pass_id=self._passes, segments=plan.segments, background=background))
         for segment in plan.segments:
             self._started(self.jobs[segment.request_id], segment)
 
     def _started(self, job: Job, segment: PassSegment) -> None:
         if isinstance(job, ShortJob):
+            if job.state is ShortState.DECODING:
+                return
             job.move(ShortState.RUNNING)
             if not job.started:
                 job.started = True
@@ -218,16 +226,18 @@ class PrefillBooks:
             in_pass = self.in_pass(job)
             self._require(job.request_id == request_id, job, "is filed under another name")
             self._require(0 <= job.prefilled <= job.spec.prompt.tokens, job, f"has {job.prefilled} tokens prefilled")
+            self._require(job.generated < job.spec.max_tokens, job, f"generated {job.generated}")
             if isinstance(job, ShortJob):
-                self._require(in_pass == (job.state is ShortState.RUNNING), job, f"is {job.state}, in pass: {in_pass}")
-                waits = job.state in (ShortState.OPENING, ShortState.RUNNING, ShortState.ABORTING)
+                decodes = job.state is ShortState.DECODING
+                agree = decodes or in_pass == (job.state is ShortState.RUNNING)
+                self._require(agree, job, f"is {job.state}, in pass: {in_pass}")
+                waits = in_pass or job.state in (ShortState.OPENING, ShortState.ABORTING)
                 self._require(job.verdict is None or waits, job, f"is {job.state} though it ended")
             else:
                 waits = in_pass or job.state is LongState.LOADING
                 self._require(job.verdict is None or waits, job, f"is {job.state} though it ended")
                 self._require(job.state is not LongState.PAUSING or in_pass, job, "is pausing without a pass")
                 self._require(job.chunk_steps < self.config.layers, job, f"stands at step {job.chunk_steps}")
-                self._require(job.generated < job.spec.max_tokens, job, f"generated {job.generated}")
         if self.running is None:
             left = next_pass(self.config, self.shorts(), self.longs(), self.last_kind)
             if left is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from common.messages.base import Record
 from common.messages.cluster import StepCost
+from common.messages.decode import DecodeFailed, DecodeFinished, DecodeStarted
 from common.messages.locations import KvLocation
 from common.messages.prefill import (
     DropRequest,
@@ -96,6 +97,8 @@ class RunPass(Record, frozen=True, kw_only=True):
 
     pass_id: int
     segments: tuple[PassSegment, ...]
+    background: bool = False
+    """A chunk of a long prefill and nothing else: on a shared processor it yields to shorter work."""
 
 
 class ResumePass(Record, frozen=True, kw_only=True):
@@ -212,7 +215,10 @@ PrefillLocalEvent = (
 
 PrefillEvent = PrefillOrder | PrefillLocalEvent | TimePassed
 
-ToScheduler = PrefillStarted | PrefillFinished | PrefillFailed | KvReleased
+ToScheduler = (
+    PrefillStarted | PrefillFinished | PrefillFailed | DecodeStarted | DecodeFinished | DecodeFailed | KvReleased
+)
+"""The words of decoding are about shorts that decode where they prefilled."""
 ToCoordinator = (
     SegmentLoaded | SegmentRunning | SegmentPaused | SegmentPrefilled | SegmentFinished | SegmentFailed | SegmentDropped
 )

@@ -1,8 +1,8 @@
 """The requests a prefill worker has in hand, and their lives as tables.
 
-A short is opened (prompt fetched, KV reserved), waits its turn, runs in one or more passes, and is
-handed over; what it leaves early goes through `aborting` where a stream must end first. A long is loaded,
-runs, is paused and runs again, and decodes here. Both can end in every state; while an effect is under way
+A short is opened (prompt fetched, KV reserved), waits its turn, runs in one or more passes, and is handed over, or
+decodes here (no disaggregation); what it leaves early goes through `aborting` where a stream must end first. A long
+is loaded, runs, is paused and runs again, and decodes here. Both can end in every state; while an effect is under way
 (opening, a pass, a stream) the end waits for the effect's own event, remembered as the job's `verdict`.
 """
 
@@ -29,6 +29,8 @@ class ShortState(StrEnum):
     """In the pass that runs now."""
     HANDOFF = "handoff"
     """First token out; its KV is on the way."""
+    DECODING = "decoding"
+    """First token out; the others are drawn here."""
     ABORTING = "aborting"
     """Its stream is being ended."""
     GONE = "gone"
@@ -52,8 +54,9 @@ L = LongState
 SHORT_TRANSITIONS: Table[ShortState] = {
     S.OPENING: frozenset({S.READY, S.GONE}),
     S.READY: frozenset({S.RUNNING, S.ABORTING, S.GONE}),
-    S.RUNNING: frozenset({S.READY, S.HANDOFF, S.ABORTING, S.GONE}),
+    S.RUNNING: frozenset({S.READY, S.HANDOFF, S.DECODING, S.ABORTING, S.GONE}),
     S.HANDOFF: frozenset({S.ABORTING, S.GONE}),
+    S.DECODING: frozenset({S.GONE}),
     S.ABORTING: frozenset({S.GONE}),
     S.GONE: frozenset(),
 }
@@ -102,6 +105,8 @@ class Job:
     successor: RunPrefill | LoadSegment | None = None
     """An order for a later attempt, taken up when this one has ended: the engine knows one at a time."""
     prefilled: int = 0
+    generated: int = 0
+    """Tokens drawn here."""
     compute_s: float = 0.0
 
     @property
@@ -120,11 +125,18 @@ class Job:
     def remaining(self) -> int:
         return self.spec.prompt.tokens - self.prefilled
 
+    @property
+    def next_position(self) -> int:
+        """Of the token that the next decode row feeds."""
+        return self.spec.prompt.tokens + self.generated - 1
+
 
 @dataclass(slots=True, eq=False)
 class ShortJob(Job):
     handoff: HandoffTarget | None = None
-    """None: its first token is its last."""
+    """None: its first token is its last, or it decodes here."""
+    exclusive: bool = False
+    """Its prefill shares no pass with the decode of a long."""
     received_s: float = 0.0
     state: ShortState = ShortState.OPENING
     ready_s: float = 0.0
@@ -146,7 +158,9 @@ class ShortJob(Job):
 
     def holding(self) -> Holding:
         phase: HoldingPhase = "queued"
-        if self.state in (S.HANDOFF, S.ABORTING):
+        if self.state is S.DECODING:
+            phase = "decode"
+        elif self.state in (S.HANDOFF, S.ABORTING):
             phase = "handoff"
         elif self.started:
             phase = "prefill"
@@ -167,7 +181,6 @@ class LongJob(Job):
     running_since_s: float | None = None
     """Start of its first pass since it was last told to run."""
     pause_received_s: float = 0.0
-    generated: int = 0
     last_pause_latency_s: float = 0.0
 
     @property
@@ -177,11 +190,6 @@ class LongJob(Job):
     @property
     def steps_done(self) -> int:
         return self.steps + self.chunk_steps
-
-    @property
-    def next_position(self) -> int:
-        """Of the token that the next decode row feeds."""
-        return self.spec.prompt.tokens + self.generated - 1
 
     def move(self, target: LongState) -> None:
         """Raises: InvariantViolated, with the story, leaving the state as it was."""

@@ -6,6 +6,7 @@ the order in which it was decided.
 
 from __future__ import annotations
 
+from common.messages.decode import DecodeFailed, DecodeFinished, DecodeStarted
 from common.messages.locations import KvLocation, KvState
 from common.messages.prefill import KvReleased, PrefillFailed, PrefillFinished, PrefillStarted
 from common.messages.requests import FinishReason, TokenChunk, TokensGenerated
@@ -132,6 +133,23 @@ class Outbox:
                 suspect_worker_id=verdict.suspect,
             )
         )
+
+    def decode_started(self, job: ShortJob, last_layer_computed_s: float) -> None:
+        """Nothing had to be sent: the KV is here as soon as it is computed."""
+        self.do(
+            DecodeStarted(
+                **self._about(job.request_id, job.attempt),
+                first_layer_received_s=last_layer_computed_s,
+                last_layer_received_s=last_layer_computed_s,
+            )
+        )
+
+    def decode_finished(self, job: ShortJob, reason: FinishReason) -> None:
+        about = self._about(job.request_id, job.attempt)
+        self.do(DecodeFinished(**about, finish_reason=reason, generated=job.generated))
+
+    def decode_failed(self, job: ShortJob, verdict: Verdict) -> None:
+        self.do(DecodeFailed(**self._about(job.request_id, job.attempt), reason=verdict.reason))
 
     def kv_released(self, request_id: RequestId, attempt: Attempt, kv_tokens: int = 0) -> None:
         self.do(KvReleased(**self._about(request_id, attempt), kv_tokens=kv_tokens))

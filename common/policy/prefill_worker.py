@@ -5,7 +5,8 @@ Rules, beside those of `prefill_passes.py` (which pass is next) and `prefill_job
 - A pause stops the long's pass at the next step; nothing is computed twice. A pause that finds no pass of the
   long running takes effect at once; one that meets the end of the prefill is void.
 - A short's KV streams to its decode worker while it is computed and is freed here when the handoff ended, well or
-  badly. A request whose first token is its last has no handoff.
+  badly. A request whose first token is its last has no handoff, nor has one that decodes here: its KV is reserved
+  whole, and it says what a decode worker would say (`DecodeStarted`, `DecodeFinished` or `DecodeFailed`).
 - A failed pass ends the requests in it and nothing else.
 - Every short ends with exactly one `KvReleased`, its last message; every long with `SegmentFinished`,
   `SegmentFailed` or `SegmentDropped`.
@@ -249,10 +250,10 @@ class PrefillWorkerCore:
             if (token is not None) != segment.sample:
                 raise InvariantViolated(f"pass {event.pass_id} sampled {sorted(sampled)} for {done.segments}")
             job.compute_s += event.compute_s
-            if isinstance(job, ShortJob):
-                self._short_advanced(job, segment, token, event.last_layer_computed_s)
-            elif job.state is LongState.DECODING:
+            if job.state in (ShortState.DECODING, LongState.DECODING):
                 self._row_advanced(job, token)
+            elif isinstance(job, ShortJob):
+                self._short_advanced(job, segment, token, event.last_layer_computed_s)
             else:
                 self._chunk_advanced(job, segment, token)
 
@@ -265,12 +266,18 @@ class PrefillWorkerCore:
         elif token is None:
             job.move(ShortState.READY)
         else:
+            job.generated = 1
             reason = finish_reason(job.spec, token.token_id, generated=1)
             self.books.out.token(job, token, 1, reason)
             in_worker_s = self.books.now_s - job.received_s
             self.books.out.prefill_finished(job, last_layer_computed_s, in_worker_s, reason)
             if reason is not None:
                 self.books.end(job, Verdict("finished", reason))
+                return
+            if job.handoff is None:
+                job.move(ShortState.DECODING)
+                self.books.out.decode_started(job, last_layer_computed_s)
+                self.books.out.place_kv(job, "decoding")
                 return
             job.move(ShortState.HANDOFF)
             self.books.out.finish_handoff(job, token)
@@ -297,7 +304,7 @@ class PrefillWorkerCore:
             job.move(LongState.DECODING)
             self.books.out.place_kv(job, "decoding")
 
-    def _row_advanced(self, job: LongJob, token: SampledToken | None) -> None:
+    def _row_advanced(self, job: ShortJob | LongJob, token: SampledToken | None) -> None:
         if job.verdict is not None:
             self.books.settle(job)
             return
@@ -306,7 +313,10 @@ class PrefillWorkerCore:
         reason = finish_reason(job.spec, token.token_id, job.generated)
         self.books.out.token(job, token, job.generated, reason)
         if reason is not None:
-            self.books.out.segment_finished(job, reason)
+            if isinstance(job, LongJob):
+                self.books.out.segment_finished(job, reason)
+            else:
+                self.books.out.decode_finished(job, reason)
             self.books.end(job, Verdict("finished", reason))
 
     def _pass_stopped(self, event: PassStopped) -> None:

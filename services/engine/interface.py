@@ -110,8 +110,9 @@ class PrefillEngine(Protocol):
         Raises: KvFull, EngineError (already open, token id out of the vocabulary)."""
         ...
 
-    async def run(self, segments: Sequence[Segment]) -> PassResult:
-        """Start a pass and run it to its end or until `stop`. Raises: EngineError."""
+    async def run(self, segments: Sequence[Segment], *, background: bool = False) -> PassResult:
+        """Start a pass and run it to its end or until `stop`. `background`: on a shared processor it yields to
+        shorter work. Raises: EngineError."""
         ...
 
     async def resume(self, request_id: RequestId) -> PassResult:

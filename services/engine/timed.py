@@ -210,7 +210,7 @@ class TimedPrefillEngine:
             sequence.buffers = [[bytearray(size) for _ in heads] for _ in range(self.shape.layers)]
         self._sequences[spec.request_id] = sequence
 
-    async def run(self, segments: Sequence[Segment]) -> PassResult:
+    async def run(self, segments: Sequence[Segment], *, background: bool = False) -> PassResult:
         self._require_idle()
         for segment in segments:
             self._require_runnable(segment)

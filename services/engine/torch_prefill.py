@@ -96,13 +96,12 @@ class TorchPrefillEngine:
         reserved = len(prompt) if sink is not None else len(prompt) + spec.max_tokens
         self._sequences[name] = HeldSequence(spec, prompt, self._store.reserve(name, reserved), sink)
 
-    async def run(self, segments: Sequence[Segment]) -> PassResult:
+    async def run(self, segments: Sequence[Segment], *, background: bool = False) -> PassResult:
         self._refuse_if_running()
         if len(segments) > ROWS_MAX:
             raise EngineError(f"a pass of {len(segments)} segments, at most {ROWS_MAX} are allowed")
         held = [(self._held(segment.request_id), segment) for segment in segments]
         batch = pack(held, self._model.device)
-        background = all(row.sequence.sink is None for row in batch.rows) and any(row.tokens > 1 for row in batch.rows)
         return await self._drive(PassRun(self._model, batch, background=background))
 
     async def resume(self, request_id: RequestId) -> PassResult:

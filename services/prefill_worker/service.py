@@ -14,6 +14,7 @@ from functools import partial
 from typing import assert_never
 
 from common.logs import get_logger
+from common.messages.decode import DecodeFailed, DecodeFinished, DecodeStarted
 from common.messages.prefill import KvReleased, PrefillFailed, PrefillFinished, PrefillStarted
 from common.messages.requests import Prompt, TokensGenerated
 from common.messages.sp import (
@@ -126,7 +127,15 @@ class PrefillWorker:
             match command:
                 case TokensGenerated():
                     await self._shell.publish(subjects.router(command.router_id), command)
-                case PrefillStarted() | PrefillFinished() | PrefillFailed() | KvReleased():
+                case (
+                    PrefillStarted()
+                    | PrefillFinished()
+                    | PrefillFailed()
+                    | DecodeStarted()
+                    | DecodeFinished()
+                    | DecodeFailed()
+                    | KvReleased()
+                ):
                     await self._shell.publish(subjects.SCHEDULER, command)
                 case (
                     SegmentLoaded()
@@ -154,8 +163,9 @@ class PrefillWorker:
         | ForgetKv,
     ) -> None:
         match command:
-            case RunPass(pass_id=pass_id, segments=segments):
-                self._compute(pass_id, partial(self._engine.run, [_segment(segment) for segment in segments]))
+            case RunPass(pass_id=pass_id, segments=segments, background=background):
+                parts = [_segment(segment) for segment in segments]
+                self._compute(pass_id, partial(self._engine.run, parts, background=background))
             case ResumePass(pass_id=pass_id, request_id=request_id):
                 self._compute(pass_id, partial(self._engine.resume, request_id))
             case StopPass(pass_id=pass_id):

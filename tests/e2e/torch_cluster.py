@@ -64,12 +64,15 @@ class WatchedPrefill(TorchPrefillEngine):
         self.stopped_at: Counter[int] = Counter()
         """Passes stopped before their end, by the steps they had done."""
         self.rows_most = 0
+        self.decoded_at_once = 0
+        """Decode rows in one pass, at most."""
         self.computed: dict[RequestId, tuple[int, int]] = {}
         """Of closed sequences: tokens computed summed over layers; tokens known (prompt and drawn)."""
 
-    async def run(self, segments: Sequence[Segment]) -> PassResult:
+    async def run(self, segments: Sequence[Segment], *, background: bool = False) -> PassResult:
         self.rows_most = max(self.rows_most, len(segments))
-        return self._noted(await super().run(segments))
+        self.decoded_at_once = max(self.decoded_at_once, sum(part.tokens == 1 and part.start > 0 for part in segments))
+        return self._noted(await super().run(segments, background=background))
 
     async def resume(self, request_id: RequestId) -> PassResult:
         return self._noted(await super().resume(request_id))

@@ -470,21 +470,21 @@ async def test_a_failed_pass_is_an_engine_error_and_lets_go(
     assert (await engine.run([segment("a", 0, 2, sample=True)])).finished
 
 
-async def test_only_chunks_of_longs_run_in_the_background(engine: TorchPrefillEngine, hook: Hook) -> None:
+async def test_a_pass_runs_in_the_background_if_told_to(engine: TorchPrefillEngine, hook: Hook) -> None:
     engine.open(spec("long", [3] * 20), [3] * 20, None)
     engine.open(spec("short", [4] * 20), [4] * 20, lambda _: None)
 
-    async def thread_of(*segments: Segment) -> str:
+    async def thread_of(*segments: Segment, background: bool) -> str:
         hook.threads.clear()
-        await engine.run(segments)
+        await engine.run(segments, background=background)
         (name,) = {thread.rsplit("_", 1)[0] for thread in hook.threads}
         return name
 
-    assert await thread_of(segment("long", 0, 10)) == "prefill-long"
-    assert await thread_of(segment("long", 10, 5), segment("short", 0, 10)) == "prefill"
-    assert await thread_of(segment("short", 10, 10, sample=True)) == "prefill"
-    assert await thread_of(segment("long", 15, 5, sample=True)) == "prefill-long"
-    assert await thread_of(segment("long", 20, 1, sample=True)) == "prefill"
+    assert await thread_of(segment("long", 0, 10), background=True) == "prefill-long"
+    assert await thread_of(segment("long", 10, 5), segment("short", 0, 10), background=False) == "prefill"
+    assert await thread_of(segment("short", 10, 10, sample=True), background=False) == "prefill"
+    assert await thread_of(segment("long", 15, 5, sample=True), background=True) == "prefill-long"
+    assert await thread_of(segment("long", 20, 1, sample=True), background=False) == "prefill"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own on Linux only")
@@ -492,7 +492,7 @@ async def test_the_background_thread_is_niced_and_the_other_is_not(llama: Loaded
     engine = TorchPrefillEngine(llama, COST, kv_capacity_tokens=CAPACITY, long_nice=3)
     engine.open(spec("long", [3] * 20), [3] * 20, None)
     engine.open(spec("short", [4] * 20), [4] * 20, lambda _: None)
-    await engine.run([segment("long", 0, 20)])
+    await engine.run([segment("long", 0, 20)], background=True)
     await engine.run([segment("short", 0, 20)])
     base = os.getpriority(os.PRIO_PROCESS, 0)
     assert (hook.niceness[0], hook.niceness[-1]) == (min(19, base + 3), base)

@@ -71,9 +71,15 @@ def spec(name: str, tokens: int, *, max_tokens: int = 16, attempt: int = 0, gene
     )
 
 
-def run_prefill(request: RequestSpec, epoch: int = 1) -> RunPrefill:
+def run_prefill(request: RequestSpec, epoch: int = 1, *, here: bool = False, exclusive: bool = False) -> RunPrefill:
+    """`here`: it decodes where it prefills."""
     return RunPrefill(
-        worker_id=WORKER, spec=request, decode_worker_id=WorkerId("d0"), decode_address="host:1", epoch=epoch
+        worker_id=WORKER,
+        spec=request,
+        decode_worker_id=WORKER if here else WorkerId("d0"),
+        decode_address="" if here else "host:1",
+        exclusive=exclusive,
+        epoch=epoch,
     )
 
 
@@ -119,11 +125,17 @@ class World:
     sent: list[Message] = field(default_factory=list)
     """All messages, oldest first."""
     passes: list[tuple[PassSegment, ...]] = field(default_factory=list)
+    in_background: list[bool] = field(default_factory=list)
+    """Of each pass."""
+    shorts: dict[tuple[RequestId, int], RunPrefill] = field(default_factory=dict)
+    """Every short ever ordered, by request and attempt."""
     computed: Counter[tuple[RequestId, int, int, int]] = field(default_factory=Counter)
     """How often each (request, attempt, layer, position) was computed."""
 
     def tell(self, event: PrefillEvent) -> list[PrefillCommand]:
         """Hand an event in, perform what comes out, answer openings at once if `auto_open`."""
+        if isinstance(event, RunPrefill):
+            self.shorts[event.spec.request_id, event.spec.attempt] = event
         commands = self.core.handle(event, self.now_s)
         for command in commands:
             self._perform(command)
@@ -233,6 +245,9 @@ class World:
         match command:
             case OpenSequence():
                 assert command.spec.request_id not in self.opening
+                order = self.shorts.get((command.spec.request_id, command.spec.attempt))
+                elsewhere = order is not None and order.decode_worker_id != WORKER and command.spec.max_tokens > 1
+                assert (command.handoff is not None) == elsewhere
                 self.opening[command.spec.request_id] = command
             case RunPass():
                 self._run(command)
@@ -271,8 +286,17 @@ class World:
             assert 0 < segment.tokens <= held.known - held.computed
             assert segment.sample == (segment.start + segment.tokens == held.known)
             assert not held.in_stopped_pass
+        orders = [self.shorts.get((s.request_id, self.held[s.request_id].spec.attempt)) for s in command.segments]
+        long_decodes = any(
+            order is None and segment.start >= self.held[segment.request_id].spec.prompt.tokens
+            for order, segment in zip(orders, command.segments, strict=True)
+        )
+        for order, segment in zip(orders, command.segments, strict=True):
+            prefills = segment.start < self.held[segment.request_id].spec.prompt.tokens
+            assert not (order is not None and order.exclusive and prefills and long_decodes), "not exclusive"
         self.running, self.pass_id = Pass(list(command.segments)), command.pass_id
         self.passes.append(command.segments)
+        self.in_background.append(command.background)
 
     def _close(self, request_id: RequestId) -> None:
         assert request_id in self.held

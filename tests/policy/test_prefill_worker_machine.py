@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -16,7 +17,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from common.messages.prefill import DropRequest, KvReleased, PrefillFailed, PrefillFinished
+from common.messages.base import Message
+from common.messages.decode import DecodeFailed, DecodeFinished, DecodeStarted
+from common.messages.prefill import DropRequest, KvReleased, PrefillFailed, PrefillFinished, PrefillStarted
 from common.messages.sp import (
     DropSegment,
     PauseSegment,
@@ -30,6 +33,19 @@ from common.messages.sp import (
 from common.policy.prefill_jobs import LongJob, LongState, ShortJob
 from common.units import RequestId
 from tests.policy.prefill_world import PLAIN_TOKEN, STOP_TOKEN, WORKER, World, load, run_prefill, spec
+
+WORDS: dict[type[Message], str] = {
+    PrefillStarted: "s",
+    PrefillFinished: "f",
+    PrefillFailed: "!",
+    DecodeStarted: "d",
+    DecodeFinished: "e",
+    DecodeFailed: "?",
+    KvReleased: "r",
+}
+HANDED_OVER = re.compile("s?f?!?r")
+DECODED_HERE = re.compile("(s?!?|sf|sfd[e?]?)r")
+"""A drop ends each of them anywhere, with the last word alone."""
 
 LONG_ENDS = (SegmentFinished, SegmentFailed, SegmentDropped)
 
@@ -48,11 +64,12 @@ class PrefillWorkerMachine(RuleBasedStateMachine):
     # --- orders ---
 
     @precondition(lambda self: len(self.held(ShortJob)) < 6)
-    @rule(tokens=st.integers(1, 1_300), max_tokens=st.integers(1, 3))
-    def short(self, tokens: int, max_tokens: int) -> None:
+    @rule(tokens=st.integers(1, 1_300), max_tokens=st.integers(1, 3), here=st.booleans(), exclusive=st.booleans())
+    def short(self, tokens: int, max_tokens: int, here: bool, exclusive: bool) -> None:
         name = f"s{len(self.shorts)}"
         self.shorts.add((RequestId(name), 0))
-        self.world.tell(run_prefill(spec(name, tokens, max_tokens=max_tokens)))
+        order = run_prefill(spec(name, tokens, max_tokens=max_tokens), here=here, exclusive=exclusive)
+        self.world.tell(order)
 
     @initialize(tokens=st.integers(600, 1_600), max_tokens=st.integers(1, 4))
     def running_long(self, tokens: int, max_tokens: int) -> None:
@@ -68,12 +85,12 @@ class PrefillWorkerMachine(RuleBasedStateMachine):
         self.world.tell(load(spec(name, tokens, max_tokens=max_tokens)))
 
     @precondition(lambda self: self.held(ShortJob))
-    @rule(data=st.data())
-    def short_again(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), here=st.booleans())
+    def short_again(self, data: st.DataObject, here: bool) -> None:
         job = data.draw(st.sampled_from(self.held(ShortJob)))
         latest = max(attempt for name, attempt in self.shorts if name == job.request_id) + 1
         self.shorts.add((job.request_id, latest))
-        self.world.tell(run_prefill(spec(job.request_id, 100, attempt=latest)))
+        self.world.tell(run_prefill(spec(job.request_id, 100, attempt=latest), here=here))
 
     @precondition(lambda self: self.held(LongJob))
     @rule(data=st.data())
@@ -179,6 +196,13 @@ class PrefillWorkerMachine(RuleBasedStateMachine):
         words = Counter((m.request_id, m.attempt) for m in self.world.of(PrefillFinished))
         assert all(count == 1 for count in words.values()), words
 
+    def the_words_of_shorts_are_in_order(self) -> None:
+        for key, order in self.world.shorts.items():
+            said = [m for m in self.world.of(*WORDS) if (m.request_id, m.attempt) == key]
+            words = "".join(WORDS[type(message)] for message in said)
+            legal = DECODED_HERE if order.decode_worker_id == WORKER else HANDED_OVER
+            assert legal.fullmatch(words), f"{key}: {words}"
+
     def teardown(self) -> None:
         for job in self.held(LongJob):
             self.world.tell(RunSegment(worker_id=WORKER, request_id=job.request_id, attempt=job.attempt))
@@ -189,6 +213,7 @@ class PrefillWorkerMachine(RuleBasedStateMachine):
         self.world.require_empty()
         self.nothing_is_computed_twice()
         self.nobody_ends_twice()
+        self.the_words_of_shorts_are_in_order()
         assert {(m.request_id, m.attempt) for m in self.world.of(KvReleased)} == self.shorts
         assert {(m.request_id, m.attempt) for m in self.world.of(*LONG_ENDS)} == self.longs
         for failed in self.world.of(PrefillFailed):
