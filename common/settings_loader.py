@@ -20,7 +20,7 @@ from msgspec import NODEFAULT, Meta
 
 from common.errors import StartupError
 from common.messages.base import Record
-from common.settings import EVERY_SETTINGS, POSITIONAL
+from common.settings import EVERY_SETTINGS, ONLY_WITH, POSITIONAL
 
 S = TypeVar("S", bound=Record)
 
@@ -44,6 +44,8 @@ class Setting:
     positional: bool
     group: str
     """Title under which `--help` lists it."""
+    only_with: Mapping[str, tuple[Any, ...]]
+    """Other settings by name, and the values they must have for this one to mean anything."""
 
     @property
     def flag(self) -> str:
@@ -80,6 +82,7 @@ def settings_of(cls: type[Record]) -> tuple[Setting, ...]:
                 description=next((meta.description for meta in reversed(metas) if meta.description), ""),
                 positional=any((meta.extra or {}).get(POSITIONAL, False) for meta in metas),
                 group=_group_title(cls, field.name),
+                only_with={k: v for meta in metas for k, v in (meta.extra or {}).get(ONLY_WITH, {}).items()},
             )
         )
     return tuple(settings)
@@ -102,7 +105,24 @@ def load(cls: type[S], argv: Sequence[str], env: Mapping[str, str], *, prog: str
             values[setting.name] = convert(setting, env[setting.variable], setting.variable)
         elif setting.default is NODEFAULT:
             raise SettingsError(f"{setting.flag} (or {setting.variable}) is needed: {setting.description}")
-    return cls(**values)
+    loaded = cls(**values)
+    for setting in settings:
+        _refuse_in_vain(setting, loaded, given)
+    return loaded
+
+
+def _refuse_in_vain(setting: Setting, loaded: Record, given: Mapping[str, Any]) -> None:
+    """Nothing is silently ignored: a flag, or a variable with another value than the default, that has no effect
+    beside the others. (One environment may serve several commands, so a default in it asks for nothing.)"""
+    value = getattr(loaded, setting.name)
+    if setting.name not in given and value == setting.default:
+        return
+    for name, allowed in setting.only_with.items():
+        other = getattr(loaded, name)
+        if other not in allowed:
+            source = _spelled(setting, value) if setting.name in given else setting.variable
+            here, needed = _spelled_of(name, other), _spelled_of(name, allowed[0])
+            raise SettingsError(f"{source}: has no effect with {here}; it needs {needed}")
 
 
 def environment(settings: Record, cls: type[Record], **instead: object) -> dict[str, str]:
@@ -181,9 +201,24 @@ def _parse(cls: type[Record], settings: Sequence[Setting], argv: Sequence[str], 
     return vars(given)
 
 
+def _spelled(setting: Setting, value: Any) -> str:
+    """The flag as it was given."""
+    return f"--no-{setting.flag[2:]}" if value is False else setting.flag
+
+
+def _spelled_of(name: str, value: Any) -> str:
+    """Another setting with its value, as a flag."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {value}"
+
+
 def _help(setting: Setting) -> str:
     default = "" if setting.default in (NODEFAULT, "") else f"default {_text(setting.default)}; "
-    return f"{setting.description} [{default}{setting.variable}]".replace("%", "%%")
+    needed = [_spelled_of(name, allowed[0]) for name, allowed in setting.only_with.items()]
+    only = f"; only with {' and '.join(needed)}" if needed else ""
+    return f"{setting.description} [{default}{setting.variable}{only}]".replace("%", "%%")
 
 
 def _help_width() -> int:

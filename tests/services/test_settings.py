@@ -1,10 +1,22 @@
 """The settings loader: precedence, bounds, and one clear line for every mistake."""
 
+from typing import get_args
+
 import pytest
 
 from common import settings as classes
-from common.settings import AskSettings, PrefillWorkerSettings, RouterSettings, SchedulerSettings, ServeSettings
+from common.policy.cluster import SchedulerConfig
+from common.policy.scheduler import Scheduler
+from common.settings import (
+    AskSettings,
+    PolicyName,
+    PrefillWorkerSettings,
+    RouterSettings,
+    SchedulerSettings,
+    ServeSettings,
+)
 from common.settings_loader import SettingsError, environment, load, settings_of
+from services.scheduler.service import config_of
 
 
 def refusal(cls, argv=(), env=None) -> str:
@@ -25,10 +37,11 @@ def test_flag_wins_over_variable_and_variable_over_default():
 def test_values_have_the_type_of_their_field():
     settings = load(
         ServeSettings,
-        ["--pause-share-max", "0.25", "--policy", "fifo", "--model", "42"],
-        {"PECSCHED_RESTARTS_MAX": "0"},
+        ["--pause-share-max", "0.25", "--no-colocation", "--model", "42"],
+        {"PECSCHED_RESTARTS_MAX": "0", "PECSCHED_LONG_ORDER": "arrival", "PECSCHED_DISAGGREGATION": "off"},
     )
-    assert (settings.pause_share_max, settings.policy, settings.model) == (0.25, "fifo", "42")
+    assert (settings.pause_share_max, settings.policy, settings.model) == (0.25, "pecsched", "42")
+    assert (settings.colocation, settings.disaggregation, settings.long_order) == (False, False, "arrival")
     assert settings.restarts_max == 0
 
 
@@ -62,6 +75,40 @@ def test_a_mistake_is_one_line_that_names_flag_or_variable(cls, argv, env, parts
     message = refusal(cls, argv, env)
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "env", "message"),
+    [
+        (["--policy", "fifo", "--no-preemption"], {}, "--no-preemption: has no effect with --policy fifo"),
+        (["--policy", "priority", "--preemption"], {}, "--preemption: has no effect with --policy priority"),
+        (["--policy", "reservation", "--no-colocation"], {}, "--no-colocation: has no effect with"),
+        (["--policy", "fifo", "--shorts-spare", "1"], {}, "it needs --policy pecsched"),
+        (["--policy", "fifo", "--pause-max-s", "1"], {}, "--pause-max-s: has no effect with --policy fifo"),
+        (["--no-preemption", "--pause-max-s", "1"], {}, "has no effect with --no-preemption; it needs --preemption"),
+        (["--long-order", "arrival", "--long-aging", "0.1"], {}, "it needs --long-order remaining"),
+        (["--reserved-long-tokens", "9"], {}, "with --policy pecsched; it needs --policy reservation"),
+        (["--policy", "fifo"], {"PECSCHED_COLOCATION": "0"}, "PECSCHED_COLOCATION: has no effect with --policy fifo"),
+    ],
+)
+@pytest.mark.parametrize("cls", [SchedulerSettings, ServeSettings])
+def test_a_setting_without_effect_beside_the_others_is_refused(cls, argv, env, message):
+    assert message in refusal(cls, argv, env)
+
+
+@pytest.mark.parametrize("policy", get_args(PolicyName))
+def test_every_policy_and_no_disaggregation_with_each_reach_the_scheduler_through_serve(policy):
+    serve = load(ServeSettings, ["--policy", policy, "--no-disaggregation"], {"PECSCHED_PREEMPTION": "true"})
+    scheduler = load(SchedulerSettings, [], environment(serve, SchedulerSettings))
+    config = config_of(scheduler)
+    assert (config.policy, config.disaggregation, config.preemption) == (policy, False, True)
+    assert Scheduler(config, epoch=1).next_deadline_s() is None
+
+
+def test_every_switch_of_the_core_that_is_offered_has_the_cores_default():
+    core, offered = SchedulerConfig(), SchedulerSettings()
+    differ = {n for n in SchedulerConfig.__struct_fields__ if getattr(core, n) != getattr(offered, n, getattr(core, n))}
+    assert not differ
 
 
 def test_a_variable_that_no_command_knows_is_refused_with_the_likeliest_meant():
