@@ -55,6 +55,72 @@ async def test_mixed_load_under_fifo():
     assert c.count("pauses") == 0
 
 
+MODES = {
+    "pecsched": {},
+    "fifo": {"policy": "fifo"},
+    "reservation": {"policy": "reservation", "reserved_long_tokens": 5_000},
+    "priority": {"policy": "priority"},
+    "no preemption": {"preemption": False},
+    "no disaggregation": {"disaggregation": False},
+    "no colocation": {"colocation": False},
+    "nothing": {"preemption": False, "disaggregation": False, "colocation": False},
+    "nothing but preemption": {"disaggregation": False, "colocation": False},
+    "fifo, no disaggregation": {"policy": "fifo", "disaggregation": False},
+    "reservation, no disaggregation": {"policy": "reservation", "disaggregation": False},
+    "priority, no disaggregation": {"policy": "priority", "disaggregation": False},
+    "longs by arrival": {"long_order": "arrival"},
+    "longs aging fast, shorts spared": {"long_aging": 5.0, "shorts_spare": 1.0},
+}
+
+
+@pytest.mark.parametrize("switches", MODES.values(), ids=MODES.keys())
+def test_mixed_load_under_every_policy_and_switch(switches):
+    @virtual
+    async def run():
+        async with cluster(prefill=3, decode=2, **switches) as c:
+            for number in range(36):
+                long = number % 6 == 0
+                tokens = c.random.randint(1_500, 4_000) if long else c.random.randint(1, 300)
+                c.submit(tokens, max_tokens=60 if long else 5)
+                await asyncio.sleep(c.random.expovariate(12.0))
+            await c.until(lambda: all(answer.ended for answer in c.answers), within_s=300.0)
+            assert [answer.error for answer in c.answers] == [None] * 36
+            assert c.count("interrupted") == 0
+            paused = switches.get("policy", "pecsched") == "pecsched" and switches.get("preemption", True)
+            assert (c.count("pauses") > 0) == paused
+            decoded = sum(engine.steps_started for name, engine in c.engines().items() if name.startswith("d"))
+            assert (decoded > 0) == switches.get("disaggregation", True)
+            assert c.count("placed_colocate") == 0 or switches.get("colocation", True)
+            for name, engine in c.engines().items():
+                if name.startswith("p"):
+                    assert max(engine.computed_tokens.values(), default=0) <= 1
+
+    run()
+
+
+@pytest.mark.parametrize("disaggregation", [True, False])
+@pytest.mark.parametrize("colocation", [True, False])
+def test_shorts_come_while_a_long_decodes(colocation, disaggregation):
+    @virtual
+    async def run():
+        async with cluster(prefill=1, colocation=colocation, disaggregation=disaggregation) as c:
+            long = c.submit(1_500, max_tokens=120)
+            await c.until(lambda: len(long.tokens) > 3)
+            before = len(long.tokens)
+            shorts = []
+            for _ in range(10):
+                shorts.append(c.submit(150, max_tokens=6))
+                await asyncio.sleep(0.2)
+            assert not long.ended
+            assert len(long.tokens) > before + 10, "shorts hold up a long's decode, they do not silence it"
+            await c.until(lambda: all(answer.ended for answer in c.answers))
+            assert [answer.error for answer in c.answers] == [None] * 11
+            shared, alone = c.count("placed_colocate"), c.count("placed_exclude")
+            assert (shared, alone) == ((10, 0) if colocation else (0, 10))
+
+    run()
+
+
 @virtual
 async def test_mixed_load_on_several_workers():
     async with cluster(prefill=3, decode=2) as c:

@@ -34,10 +34,20 @@ def recorded(path, **options):
     return run_virtual(main())
 
 
-@pytest.mark.parametrize("policy", ["pecsched", "fifo"])
-def test_a_replayed_journal_gives_the_same_commands(tmp_path, policy):
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"policy": "pecsched"},
+        {"policy": "fifo"},
+        {"policy": "reservation"},
+        {"policy": "priority"},
+        {"disaggregation": False, "colocation": False},
+    ],
+    ids=str,
+)
+def test_a_replayed_journal_gives_the_same_commands(tmp_path, switches):
     path = tmp_path / "scheduler.journal"
-    config, epoch = recorded(path, policy=policy)
+    config, epoch = recorded(path, **switches)
     entries = list(read_journal(path, get_args(SchedulerEvent)))
     assert sum(len(entry.commands) for entry in entries) > 100
     assert replay(Scheduler(config, epoch), entries) == len(entries)

@@ -133,6 +133,19 @@ def test_everything_goes_wrong(seed):
     run(scenario, seed=seed)
 
 
+@seeds(8)
+def test_everything_goes_wrong_where_shorts_decode_on_prefill_workers(seed):
+    async def scenario(c):
+        c.broker.faults.drop_share = 0.01
+        c.broker.faults.delay_s = (0.0, 0.05)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(load(c, 12.0, rate=5.0))
+            tasks.create_task(kill_and_restart(c, 2))
+
+    policy = ("pecsched", "pecsched", "fifo", "priority")[seed % 4]
+    run(scenario, seed=seed, policy=policy, disaggregation=False, colocation=seed % 2 == 0)
+
+
 @seeds(12)
 def test_transfers_break_at_random(seed):
     async def scenario(c):

@@ -90,6 +90,30 @@ async def test_fifty_prompts_served_paused_and_handed_over_answer_as_transformer
     await serve_and_compare(folder, longest=900, run_s=0.02, within_s=200.0, measured=measured)
 
 
+async def test_without_disaggregation_and_colocation_too(tmp_path, measured):
+    """Shorts decode where they prefilled, several at once and beside longs, for which they had to wait alone."""
+    folder = tiny_model("llama", tmp_path, vocab_size=500, num_hidden_layers=4, initializer_range=0.05)
+    reference = reference_model(folder)
+    rng = random.Random(5)
+    lengths = [300, *(rng.randint(1, THRESHOLD) for _ in range(8)), 200, *(rng.randint(1, THRESHOLD) for _ in range(8))]
+    asked = [[rng.randrange(reference.config.vocab_size) for _ in range(length)] for length in lengths]
+    expected = [reference_greedy(reference, p, 60 if len(p) > THRESHOLD else 12)[0] for p in asked]
+    switches = {"disaggregation": False, "colocation": False}
+    async with torch_cluster(folder, threshold_tokens=THRESHOLD, prefill=1, **switches) as c:
+        for prompt, tokens in zip(asked, expected, strict=True):
+            answer = c.ask(prompt, tokens)
+            if len(prompt) > THRESHOLD:
+                await c.until(lambda answer=answer: answer.tokens, 60.0)
+        await c.until(lambda: c.crashed or all(answer.ended for answer in c.answers), 60.0)
+        assert not c.crashed
+        assert [answer.tokens for answer in c.answers] == expected
+        assert c.decoder.rows_most == 0
+        (engine,) = c.prefills
+        assert engine.decoded_at_once > 2, "shorts and a long never decoded in one pass"
+        assert c.count("placed_exclude") > 0, "no short came where a long decoded"
+        measured(f"{len(asked)} prompts exact on one worker, up to {engine.decoded_at_once} decoding at once")
+
+
 @pytest.mark.skipif("not config.getoption('--nightly')", reason="several minutes of fp32 on a CPU")
 async def test_the_embedded_model_too(measured):
     await serve_and_compare(ensure_model("embedded", ""), longest=700, run_s=0.06, within_s=900.0, measured=measured)
