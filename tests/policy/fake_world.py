@@ -1,16 +1,26 @@
-"""The world around a scheduler, as small as can be: workers, a coordinator and routers that answer orders
-with the events real ones send. Everything that is under way waits in per-sender queues until delivered."""
+"""The world around a scheduler, as small as can be: workers, a coordinator and a router that answer orders
+with the events real ones send. Everything that is under way waits in per-sender queues until delivered.
+
+After every event the scheduler checks its books, and `watch.py` what holds between it and this world."""
 
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from common.messages.cluster import CoordinatorHeartbeat, Holding, RouterHeartbeat, WorkerHeartbeat
-from common.messages.decode import DecodeFinished, DecodeStarted, ExpectKv
-from common.messages.prefill import DropRequest, KvReleased, PrefillFinished, PrefillStarted, RunPrefill
+from common.messages.cluster import (
+    CoordinatorHeartbeat,
+    CoordinatorLeft,
+    Holding,
+    HoldingPhase,
+    RouterHeartbeat,
+    WorkerHeartbeat,
+    WorkerLeft,
+)
+from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, DecodeStarted, ExpectKv
+from common.messages.prefill import DropRequest, KvReleased, PrefillFailed, PrefillFinished, PrefillStarted, RunPrefill
 from common.messages.scheduling import (
     CancelRequested,
     RequestAccepted,
@@ -32,13 +42,19 @@ from common.messages.sp import (
     ResumeGroup,
 )
 from common.policy.cluster import SchedulerConfig
-from common.policy.core import TimePassed
+from common.policy.core import TimePassed, require
+from common.policy.lifecycle import IN_GROUP
 from common.policy.long_planner import Layout
 from common.policy.scheduler import Scheduler
 from common.policy.scheduler_io import EndBusRequest, ForgetRequest, SaveRequest, SchedulerCommand, SchedulerEvent
 from tests.policy.scenario import profile, spec
+from tests.policy.watch import ROUNDING_S, Key, PauseWatch, RequestWatch
 
-Key = tuple[str, int]
+MENDED_S = 20
+"""Within so many seconds, all that lost messages broke is mended."""
+STEPS_MAX = 8
+"""In so many steps, a second each, the first of those that wait is done: it forms, is paused and resumed, prefills,
+decodes, is released."""
 
 
 @dataclass
@@ -48,12 +64,15 @@ class FakeWorker:
     alive: bool = True
     holds: dict[Key, str] = field(default_factory=dict)
 
+    def phase_of(self, key: Key) -> HoldingPhase:
+        return "expected" if self.role == "decode" and self.holds[key] == "held" else "decode"
+
 
 @dataclass
 class FakeGroup:
     members: tuple[str, ...]
     state: str = "running"
-    """running, paused, decoding"""
+    """running, paused, decoding; unreachable: a member was dead when it was formed, which takes a while to find out"""
 
 
 @dataclass
@@ -82,6 +101,7 @@ class World:
     """Deliver what is under way, in any interleaving; each sender's messages stay in order."""
 
     def __init__(self, config: SchedulerConfig, prefill: int = 2, decode: int = 1, kv: int = 20_000) -> None:
+        self.config = config
         self.scheduler = Scheduler(config, epoch=1, planner=EvenPlanner() if config.group_max > 1 else None)
         self.now_s = 0.0
         self.kv = kv
@@ -92,7 +112,14 @@ class World:
         self.requests: dict[str, FakeRequest] = {}
         self.to_scheduler: dict[str, deque[SchedulerEvent]] = {}
         self.saved: set[str] = set()
-        self.log: list[str] = []
+        self.handled: list[tuple[float, SchedulerEvent, Sequence[SchedulerCommand]]] = []
+        self.router_heard_s = 0.0
+        self.orders_to_lose = 0
+        """So many of the next orders vanish on the way."""
+        self.pauses = PauseWatch(config)
+        self.watch = RequestWatch()
+        self.seen: Counter[str] = Counter()
+        """How often the situations that are hard to come by came about."""
         self.heartbeats()
         self.deliver_all()
 
@@ -108,7 +135,8 @@ class World:
         for name, worker in self.workers.items():
             if worker.alive:
                 holdings = tuple(
-                    Holding(request_id=r, attempt=a, phase="decode", kv_tokens=1) for r, a in sorted(worker.holds)
+                    Holding(request_id=r, attempt=a, phase=worker.phase_of((r, a)), kv_tokens=1)
+                    for r, a in sorted(worker.holds)
                 )
                 # Two replicas to a node.
                 node = f"n{int(name[1:]) // 2}"
@@ -157,10 +185,68 @@ class World:
 
     def _handle(self, event: SchedulerEvent) -> None:
         commands = self.scheduler.handle(event, self.now_s)
+        if isinstance(event, RouterHeartbeat):
+            self.router_heard_s = self.now_s
+        self._handled(event, commands)
         self.scheduler.check()
-        self.log.append(f"{self.now_s:.3f} {event!r} -> {commands!r}")
+        self.pauses.saw(self.scheduler, event, commands, self.now_s)
         for command in commands:
-            self._perform(command)
+            if self._is_lost_on_the_way(command):
+                self.watch.answer_lost(command)
+            else:
+                self._perform(command)
+        self._check()
+        self._note(commands)
+
+    def _handled(self, event: SchedulerEvent, commands: Sequence[SchedulerCommand]) -> None:
+        self.handled.append((self.now_s, event, commands))
+
+    @property
+    def log(self) -> list[str]:
+        return [f"{at_s:.3f} {event!r} -> {commands!r}" for at_s, event, commands in self.handled]
+
+    def _is_lost_on_the_way(self, command: SchedulerCommand) -> bool:
+        if self.orders_to_lose == 0 or isinstance(command, SaveRequest | ForgetRequest | EndBusRequest):
+            return False
+        self.orders_to_lose -= 1
+        self.seen[f"{type(command).__name__} lost"] += 1
+        return True
+
+    def _check(self) -> None:
+        """Between the scheduler's books and this world."""
+        known = self.scheduler.cluster.requests
+        require(self.saved == set(known), "a standby finds a record of every request, and of no other")
+        under_way = {e.spec.request_id for e in self.to_scheduler.get("r", ()) if isinstance(e, RequestSubmitted)}
+        alive = {name for name, request in self.requests.items() if request.ended is None}
+        if self.now_s - self.router_heard_s >= self.config.lease_s - ROUNDING_S:
+            self.watch.router_lost(alive - under_way)
+        self.watch.nobody_is_lost({n: r.spec.attempt for n, r in known.items()}, alive, under_way)
+        self._groups_have_their_kv()
+
+    def _groups_have_their_kv(self) -> None:
+        """A group that the scheduler counts on, paused or not, has KV on every one of its members."""
+        for (name, attempt), group in self.groups.items():
+            request = self.scheduler.cluster.requests.get(name)
+            if (
+                group.state == "unreachable"
+                or request is None
+                or request.spec.attempt != attempt
+                or request.state not in IN_GROUP
+            ):
+                continue
+            for worker_id in group.members:
+                held = (name, attempt) in self.workers[worker_id].holds
+                require(held, f"{name} is {group.state}, and its KV on {worker_id} is gone")
+
+    def _note(self, commands: Sequence[SchedulerCommand]) -> None:
+        for command in commands:
+            if isinstance(command, FormGroup):
+                self.seen[f"group of {min(len(command.members), 3)}"] += 1
+                nodes = {self.scheduler.cluster.replicas[w].profile.node for w in command.members}
+                self.seen["group over two nodes"] += len(nodes) > 1
+            elif isinstance(command, PauseGroup):
+                members = self.scheduler.cluster.requests[command.request_id].members
+                self.seen["group of several paused"] += len(members) > 1
 
     def _perform(self, command: SchedulerCommand) -> None:
         match command:
@@ -185,8 +271,11 @@ class World:
             case FormGroup():
                 key = (command.spec.request_id, command.spec.attempt)
                 self.groups[key] = FakeGroup(command.members)
+                if not all(self.workers[w].alive for w in command.members):
+                    self.groups[key].state = "unreachable"
+                    return
                 for worker_id in command.members:
-                    self._hold(worker_id, key)
+                    self._hold(worker_id, key, "segment")
                 self.send("c", GroupFormed(request_id=key[0], attempt=key[1]))
             case PauseGroup() | ResumeGroup():
                 self._steer((command.request_id, command.attempt), pause=isinstance(command, PauseGroup))
@@ -217,7 +306,7 @@ class World:
 
     def _steer(self, key: Key, *, pause: bool) -> None:
         group = self.groups.get(key)
-        if group is None or group.state == "decoding":
+        if group is None or group.state not in ("running", "paused"):
             return
         group.state = "paused" if pause else "running"
         if pause:
@@ -226,18 +315,17 @@ class World:
         else:
             self.send("c", GroupResumed(request_id=key[0], attempt=key[1]))
 
-    def _dissolve(self, key: Key, reason: str) -> None:
+    def _dissolve(self, key: Key, reason: str, *, retryable: bool = True) -> None:
         group = self.groups.pop(key, None)
         for worker_id in group.members if group else ():
             self.workers[worker_id].holds.pop(key, None)
-        self.send("c", GroupFailed(request_id=key[0], attempt=key[1], reason=reason))
+        self.send("c", GroupFailed(request_id=key[0], attempt=key[1], reason=reason, retryable=retryable))
 
     def work(self) -> list[Key]:
         """What could make progress now."""
-        shorts = {k for w in self.workers.values() if w.alive and w.role == "prefill" for k in w.holds} - set(
-            self.groups
-        )
-        decodes = {k for w in self.workers.values() if w.alive and w.role == "decode" for k in w.holds}
+        alive = [w for w in self.workers.values() if w.alive]
+        shorts = {k for w in alive if w.role == "prefill" for k, phase in w.holds.items() if phase != "segment"}
+        decodes = {k for w in alive if w.role == "decode" for k in w.holds}
         return sorted(shorts | decodes | {k for k, g in self.groups.items() if g.state != "paused"})
 
     def progress(self, key: Key) -> None:
@@ -286,7 +374,9 @@ class World:
     def _progress_group(self, key: Key) -> None:
         group = self.groups[key]
         about = {"request_id": key[0], "attempt": key[1]}
-        if group.state == "running":
+        if group.state == "unreachable":
+            self._dissolve(key, "a member cannot be reached")
+        elif group.state == "running":
             group.state = "decoding"
             self.send("c", GroupPrefillFinished(compute_s=1, **about))
         elif group.state == "decoding":
@@ -308,9 +398,14 @@ class World:
         self.workers[worker_id] = replace(worker, alive=False, holds={})
         self.to_scheduler.pop(worker_id, None)
         for key in [k for k, g in self.groups.items() if worker_id in g.members]:
+            request = self.scheduler.cluster.requests.get(key[0])
+            if len(self.groups[key].members) > 1 and request is not None and request.key == key:
+                self.seen[f"member lost while {request.state.value}"] += 1
             self._dissolve(key, f"{worker_id} was lost")
 
     def restart(self, worker_id: str) -> None:
+        if self.workers[worker_id].alive:
+            self.crash(worker_id)
         worker = self.workers[worker_id]
         self.workers[worker_id] = replace(worker, alive=True, incarnation=worker.incarnation + 1, holds={})
 
@@ -319,16 +414,55 @@ class World:
         self.groups.clear()
         self.to_scheduler.pop("c", None)
 
+    def leave(self, worker_id: str) -> None:
+        """It stops by its own will, and says so."""
+        worker = self.workers[worker_id]
+        if worker.alive:
+            self.crash(worker_id)
+            self.send(worker_id, WorkerLeft(worker_id=worker_id, incarnation=str(worker.incarnation)))
+
+    def coordinator_leaves(self) -> None:
+        """Another one reports with the next heartbeats."""
+        left = CoordinatorLeft(coordinator_id="c", incarnation=str(self.coordinator_incarnation))
+        self.restart_coordinator()
+        self.send("c", left)
+
     def lose_next(self, sender: str) -> None:
         """A message vanishes on the way."""
-        self.to_scheduler[sender].popleft()
+        event = self.to_scheduler[sender].popleft()
+        if isinstance(event, RequestSubmitted):
+            self.watch.submission_lost(event.spec.request_id, event.spec.attempt)
+
+    def fail_work(self, key: Key, *, retryable: bool) -> None:
+        """It cannot be done: where it prefills, where it decodes, or in its group."""
+        about = {"request_id": key[0], "attempt": key[1]}
+        if key in self.groups:
+            self._dissolve(key, "cosmic ray", retryable=retryable)
+            return
+        for name, worker in self.workers.items():
+            if not worker.alive or key not in worker.holds:
+                continue
+            phase = worker.holds.pop(key)
+            if worker.role == "prefill" and phase != "decoding here":
+                suspect = next((n for n, w in self.workers.items() if w.role == "decode"), None)
+                failed = PrefillFailed(
+                    worker_id=name, reason="cosmic ray", retryable=retryable, suspect_worker_id=suspect, **about
+                )
+                self.send(name, failed)
+            elif retryable and phase == "held":
+                self.send(name, DecodeBusy(worker_id=name, **about))
+            else:
+                self.send(name, DecodeFailed(worker_id=name, reason="cosmic ray", **about))
+            return
 
     def settle(self) -> None:
-        """No more faults: everybody works, until nothing is left to do."""
+        """No more faults: everybody works, until nothing is left to do. Every accepted request ends in bounded time:
+        lost messages are mended by heartbeats within leases, then each second everybody takes a step."""
+        self.orders_to_lose = 0
         for name, worker in self.workers.items():
             if not worker.alive:
                 self.restart(name)
-        for _ in range(400):
+        for _ in range(MENDED_S + STEPS_MAX * (1 + len(self.requests))):
             self.heartbeats()
             self.deliver_all()
             for key in self.work():
@@ -338,4 +472,5 @@ class World:
             ended = all(r.ended for r in self.requests.values()) and not self.scheduler.cluster.requests
             if ended and not any(w.held for w in self.scheduler.cluster.workers()):
                 return
-        raise AssertionError("not everything ended:\n" + "\n".join(self.log[-60:]))
+        last = "\n".join(self.log[-60:])
+        raise AssertionError(f"not everything ended:\n{last}")
