@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 import msgspec
 
 from loadtest import report
-from loadtest.paper_report.comparison import compare_all, summary_of
+from loadtest.paper_report.comparison import compare_all, orders, summary_of
 from loadtest.paper_report.runs import Plan, Run, perform_all, plan
 from loadtest.paper_report.table import CONSOLE_COLUMNS, console_cells
 from loadtest.paper_report.targets import check_all
@@ -176,6 +175,7 @@ def details_of(figures: Mapping[str, Any], sweep: Sweep, about: Mapping[str, Any
         "about": about,
         "checks": msgspec.to_builtins(check_all(figures)),
         "comparison": msgspec.to_builtins(compare_all(figures)),
+        "orders": msgspec.to_builtins(orders(figures)),
         "sweep": sweep,
     }
 
@@ -197,9 +197,8 @@ def show(figures: Mapping[str, Any]) -> None:
 
 def _capacity_lines(todo: Plan) -> list[str]:
     return [
-        f"{model}: short capacity {own.rps:.1f}/s (prefill {own.prefill_rps:.1f}, decode "
-        f"{'with it' if math.isinf(own.decode_rps) else format(own.decode_rps, '.1f')}); the trace has "
-        f"{own.shorts_rps:.2f}/s, {own.trace_share:.1%} of it"
+        f"{model}: short capacity {own.rps:.1f}/s (prefill {own.prefill_rps:.1f}, decode {own.decode_rps:.1f}), "
+        f"trace {own.trace_share:.0%}"
         for model, own in todo.capacities.items()
     ]
 

@@ -9,7 +9,7 @@ from typing import Literal
 from common.messages.base import Record
 from loadtest.paper_report.paper_figures import GROUPS, MODELS, PaperFigure, Unit
 from loadtest.paper_report.reasons import REASONS
-from loadtest.paper_report.targets import Figures
+from loadtest.paper_report.targets import Figures, value
 
 NO_EFFECT = 0.02
 """Closer than this to no effect is none."""
@@ -48,6 +48,38 @@ def compare_all(figures: Figures) -> list[Compared]:
         if model in MODELS
         for load, policies in loads.items()
     ]
+
+
+class Order(Record, frozen=True, kw_only=True):
+    """Of the three methods that the paper compares, by one measure, best first."""
+
+    measure: str
+    model: str
+    load: str
+    paper: tuple[str, ...]
+    ours: tuple[str, ...]
+    """Empty: not all of them were run."""
+
+
+_ORDERS: tuple[tuple[str, tuple[str, ...], tuple[str, ...], bool], ...] = (
+    ("p99 short delay", ("short_delay_s", "p99"), ("pecsched", "fifo", "reservation"), False),
+    ("short throughput", ("short_rps",), ("pecsched", "fifo", "reservation"), True),
+    ("mean long JCT", ("long_jct_s", "mean"), ("reservation", "fifo", "pecsched"), False),
+)
+"""Measure, its keys, the paper's order (from its tables 1 and 2 and section 6.3), whether more is better."""
+
+
+def orders(figures: Figures) -> list[Order]:
+    """For every measure, model and load. Equal ones stand in the paper's order."""
+    made = []
+    for measure, keys, paper, more in _ORDERS:
+        for model, loads in figures.items():
+            for load, policies in loads.items():
+                found = {policy: value(policies, policy, *keys) for policy in paper}
+                ranks = {policy: -at if more else at for policy, at in found.items() if at is not None}
+                ours = tuple(sorted(ranks, key=ranks.__getitem__)) if len(ranks) == len(paper) else ()
+                made.append(Order(measure=measure, model=model, load=load, paper=paper, ours=ours))
+    return made
 
 
 def show(number: float | None, unit: Unit) -> str:

@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from loadtest.paper_report import plots
-from loadtest.paper_report.comparison import Compared, compare_all, show, show_paper, summary_of
+from loadtest.paper_report.comparison import Compared, compare_all, orders, show, show_paper, summary_of
 from loadtest.paper_report.reasons import GENERAL
 from loadtest.paper_report.table import COLUMNS, cells
 from loadtest.paper_report.targets import Figures, check_all, verdict
@@ -32,6 +32,7 @@ def page(figures: Figures, sweep: Mapping[str, Mapping[str, Sequence[Any]]], abo
         verdict=verdict,
         missed=sum(check.met is False for check in checks),
         directions=list(summary_of(compared)),
+        orders=orders(figures),
         groups=_groups(compared),
         columns=COLUMNS,
         models=[_model(model, loads, sweep.get(model, {})) for model, loads in figures.items()],

@@ -43,7 +43,8 @@ BARS: tuple[Bar, ...] = (
 
 def delays(loads: Mapping[str, Policies]) -> str:
     """Short queueing delay per policy, a panel per load: line p1 to p99, box p25 to p75, tick at the median."""
-    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.8))
+    figure.subplots_adjust(left=0.07, right=0.99, top=0.92, bottom=0.28, wspace=0.06)
     panels = _panels(figure, 1, len(loads), sharey=True)
     for panel, (load, policies) in zip(panels, loads.items(), strict=True):
         for place, policy in enumerate(policies):
@@ -57,7 +58,8 @@ def delays(loads: Mapping[str, Policies]) -> str:
 
 def bars(loads: Mapping[str, Policies]) -> str:
     """Every figure by policy, a bar per load."""
-    figure = Figure(figsize=(WIDTH, 9.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 11.0))
+    figure.subplots_adjust(left=0.07, right=0.99, top=0.97, bottom=0.09, wspace=0.16, hspace=0.62)
     panels = _panels(figure, 4, 2)
     policies = list(dict.fromkeys(policy for found in loads.values() for policy in found))
     for panel, (title, read, logarithmic) in zip(panels, BARS, strict=True):
@@ -72,7 +74,8 @@ def bars(loads: Mapping[str, Policies]) -> str:
 
 def sweep(shares: Sequence[float], found: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> str:
     """p99 and median short delay, and mean long JCT, over the load. `found`: policy → figures per share."""
-    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.4))
+    figure.subplots_adjust(left=0.06, right=0.99, top=0.91, bottom=0.15, wspace=0.2)
     panels = _panels(figure, 1, 3)
     readers = (
         ("p99 short delay, s", ("short_delay_s", "p99")),
@@ -96,7 +99,8 @@ def sweep(shares: Sequence[float], found: Mapping[str, Sequence[Mapping[str, Any
 
 def beside_paper(title: str, compared: Sequence[Compared]) -> str:
     """One of the paper's figures: a group per model, its value or range in front, ours behind it per load."""
-    figure = Figure(figsize=(WIDTH / 2, 2.5), layout="constrained")
+    figure = Figure(figsize=(WIDTH / 2, 2.5))
+    figure.subplots_adjust(left=0.14, right=0.98, top=0.89, bottom=0.1)
     panel = figure.subplots()
     models = list(dict.fromkeys(one.model for one in compared))
     loads = list(dict.fromkeys(one.load for one in compared))

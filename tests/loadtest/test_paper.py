@@ -14,8 +14,9 @@ from loadtest import paper
 from loadtest.__main__ import main, parse
 from loadtest.paper_report import runs
 from loadtest.paper_report.capacity import ShortCapacity, short_capacity
-from loadtest.paper_report.comparison import Compared, compare_all, show, show_paper, summary_of
+from loadtest.paper_report.comparison import Compared, compare_all, orders, show, show_paper, summary_of
 from loadtest.paper_report.paper_figures import GROUPS, MODELS
+from loadtest.paper_report.reasons import REASONS
 from loadtest.paper_report.runs import Task, perform, perform_all, plan
 from loadtest.paper_report.targets import check_all
 from loadtest.paper_report.variants import SWEEP_SHARES, SWEEP_VARIANTS, VARIANTS, PaperError, share_of
@@ -248,6 +249,22 @@ def test_directions_are_counted_over_models_and_loads() -> None:
     assert ("p99 short delay, Reservation over FIFO", 1, 2) in list(summary_of(found))
 
 
+def test_methods_are_ordered_best_first() -> None:
+    policies = {
+        "pecsched": figures(short_rps=8.0, short_delay_s=p99(1.0)),
+        "fifo": figures(short_rps=8.0, short_delay_s=p99(3.0)),
+        "reservation": figures(short_rps=9.0, short_delay_s=p99(2.0)),
+    }
+    found = {order.measure: order.ours for order in orders({"yi-34b": {"trace": policies}})}
+    assert found["p99 short delay"] == ("pecsched", "reservation", "fifo")
+    assert found["short throughput"] == ("reservation", "pecsched", "fifo")
+    assert all(order.ours == () for order in orders({"yi-34b": {"trace": {"fifo": figures()}}}))
+
+
+def test_reasons_are_of_figures_that_exist_and_no_figure_lacks_one() -> None:
+    assert set(REASONS) == {figure.key for group in GROUPS.values() for figure in group}
+
+
 def test_numbers_are_shown_as_people_read_them() -> None:
     assert show(None, "times") == "–"
     assert show(2.5, "times") == "2.5×"
@@ -282,7 +299,7 @@ def test_the_command_writes_every_policy_and_a_report_with_the_papers_figures(
         assert policies["fifo"]["longs"] == 2
 
     details = json.loads(names["details.json"].read_text())
-    assert set(details) == {"about", "checks", "comparison", "sweep"}
+    assert set(details) == {"about", "checks", "comparison", "orders", "sweep"}
     assert [one is not None for one in details["sweep"]["yi-34b"]["pecsched"]] == [True] * len(SWEEP_SHARES)
     assert details["about"]["capacity"]["yi-34b"]["limit"] in ("prefill", "decode")
 
