@@ -3,13 +3,16 @@
 A line `TIME VERB ARGS…` is an event; lines that start with `→` are what the scheduler answered. `pytest
 --golden-write` rewrites the answers; review the diff.
 
-`set group_max=N tokens_per_replica=T` lets longs take groups: one replica per T tokens of prompt.
+`set KEY=VALUE…` sets fields of `SchedulerConfig`; `set group_max=N tokens_per_replica=T` lets longs take groups: one
+replica per T tokens of prompt.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+
+import msgspec
 
 from common.messages.cluster import (
     CoordinatorHeartbeat,
@@ -146,6 +149,7 @@ def parse_event(verb: str, args: list[str], options: dict[str, str]) -> Schedule
                     attempt=attempt,
                     router=options.get("router", "r"),
                     reply_inbox=options.get("inbox"),
+                    deadline_s=float(options["deadline"]) if "deadline" in options else None,
                 )
             )
         case "cancel":
@@ -205,7 +209,8 @@ def render(command: SchedulerCommand) -> str:
         case ExpectKv():
             return f"{command.worker_id}: expect {command.spec.request_id}"
         case RunPrefill():
-            return f"{command.worker_id}: prefill {command.spec.request_id} for {command.decode_worker_id}"
+            alone = ", longs wait" if command.exclusive else ""
+            return f"{command.worker_id}: prefill {command.spec.request_id} for {command.decode_worker_id}{alone}"
         case DropRequest():
             return f"{command.worker_id}: drop {command.request_id} attempt={command.attempt}"
         case FormGroup():
@@ -233,7 +238,7 @@ def replay(text: str) -> str:
                 if key == "tokens_per_replica":
                     planner = PerReplicaPlanner(int(value))
                     continue
-                settings[key] = value if key == "policy" else type(getattr(SchedulerConfig(), key))(value)
+                settings[key] = msgspec.convert(value, type(getattr(SchedulerConfig(), key)), strict=False)
             continue
         if scheduler is None:
             scheduler = Scheduler(SchedulerConfig(**settings), epoch=1, planner=planner)
