@@ -17,7 +17,7 @@ from loadtest.simulator.site import Site, Word
 
 
 class Decoder:
-    __slots__ = ("_batch", "_serial", "_site", "_work_since_s", "busy_s", "kv", "node", "worker_id")
+    __slots__ = ("_batch", "_serial", "_site", "_speed", "_work_since_s", "busy_s", "kv", "node", "worker_id")
 
     def __init__(self, site: Site, worker_id: WorkerId, node: str, kv_capacity_tokens: int) -> None:
         self._site = site
@@ -27,6 +27,7 @@ class Decoder:
         self.busy_s = 0.0
         self._batch = DecodeBatch()
         self._serial = 0
+        self._speed = 1.0
         self._work_since_s = 0.0
 
     def receive(self, job: Job) -> None:
@@ -38,7 +39,16 @@ class Decoder:
             self._site.usage.add(now_s, 1, 0, 0)
             self._work_since_s = now_s
         batch.join(job, job.tokens, job.output_tokens - 1)
+        if self._site.cores is not None:
+            self._site.cores.use(self, steps=True)
         self._pace()
+
+    def set_speed(self, speed: float) -> None:
+        """See `cores.Task`."""
+        self._speed = speed
+        if self._batch:
+            self._batch.advance(self._site.timeline.now_s)
+            self._pace()
 
     def drop(self, job: Job) -> None:
         """Ordered by the scheduler."""
@@ -59,12 +69,14 @@ class Decoder:
         self._serial += 1
         rows = len(batch)
         if rows:
-            batch.step_s = site.costs.decode_step_s(rows, batch.kv_tokens)
+            batch.step_s = site.costs.decode_step_s(rows, batch.kv_tokens) / self._speed
             site.timeline.at(batch.next_end_s(), self._due, self._serial)
             return
         now_s = site.timeline.now_s
         site.usage.add(now_s, -1, 0, 0)
         self.busy_s += now_s - self._work_since_s
+        if site.cores is not None:
+            site.cores.leave(self)
 
     def _due(self, serial: int) -> None:
         if serial != self._serial:

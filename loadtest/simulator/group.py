@@ -242,7 +242,7 @@ class Group:
 
     def _set_prefill_rate(self) -> None:
         drag_s = max(self._drags.values(), default=0.0)
-        self._prefill.set_rate(self.chunk_s / (self.chunk_s + drag_s))
+        self._prefill.set_rate(self._speed() * self.chunk_s / (self.chunk_s + drag_s))
 
     def _prefilled(self) -> None:
         job, now_s = self.job, self._site.timeline.now_s
@@ -267,7 +267,7 @@ class Group:
             self._decoded()
             return
         self._since_s = now_s
-        self._set_decode_rate(1.0 / self._decode_step_s)
+        self._set_decode_pace()
         for member in self._members:
             member.pace()
             member.start_pass()
@@ -285,19 +285,34 @@ class Group:
         else:
             extras[member.worker_id] = extra_s
         if self._state is State.DECODING:
-            step_s = self._decode_step_s + max(extras.values(), default=0.0)
-            self._set_decode_rate(0.0 if math.isinf(step_s) else 1.0 / step_s)
+            self._set_decode_pace()
+
+    def speed_changed(self) -> None:
+        """A member shares its core with others than before."""
+        if self.runs:
+            self._set_prefill_rate()
+        elif self._state is State.DECODING:
+            self._set_decode_pace()
+
+    def _speed(self) -> float:
+        """Of the slowest member."""
+        return 1.0 if self._site.cores is None else min(member.speed for member in self._members)
+
+    def _set_decode_pace(self) -> None:
+        step_s = self._decode_step_s + max(self._extras.values(), default=0.0)
+        self._set_decode_rate(0.0 if math.isinf(step_s) else self._speed() / step_s)
 
     def _set_decode_rate(self, rate: float) -> None:
-        if self._decode.rate == rate:
+        before = self._decode.rate
+        if before == rate:
             return
+        self._decode.set_rate(rate)  # first: on shared cores, a member that begins changes speeds
         if rate == 0.0:
             for member in self._members:
                 member.long_rests()
-        elif self._decode.rate == 0.0:
+        elif before == 0.0:
             for member in self._members:
                 member.long_begins()
-        self._decode.set_rate(rate)
 
     def _decoded(self) -> None:
         job = self.job

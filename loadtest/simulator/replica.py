@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING
 
 from common.messages.prefill import PrefillFinished, PrefillStarted
@@ -28,6 +29,7 @@ from loadtest.simulator.decoder import Decoder, finished_words, released_word, s
 from loadtest.simulator.job import Job
 from loadtest.simulator.kv_books import KvBooks
 from loadtest.simulator.site import Site, Word
+from loadtest.simulator.timeline import Countdown
 
 if TYPE_CHECKING:
     from loadtest.simulator.group import Group
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 class Pass:
     """Of shorts, running."""
 
-    __slots__ = ("began_s", "exclusive", "jobs", "step_s")
+    __slots__ = ("began_s", "exclusive", "jobs", "step_s", "work")
 
     def __init__(self, jobs: list[Job], began_s: float, step_s: float, *, exclusive: bool) -> None:
         self.jobs = jobs
@@ -44,6 +46,8 @@ class Pass:
         self.step_s = step_s
         """Of one of its steps: what shares them decodes at this pace."""
         self.exclusive = exclusive
+        self.work: Countdown | None = None
+        """What is left of it, where cores are shared: when it ends is then not known at its start."""
 
 
 class Replica:
@@ -65,6 +69,7 @@ class Replica:
         "busy_s",
         "kv",
         "node",
+        "speed",
         "worker_id",
     )
 
@@ -94,6 +99,8 @@ class Replica:
         self._shorts = self._longs = 0
         """Activities that keep it busy."""
         self._work_since_s = 0.0
+        self.speed = 1.0
+        """Of whatever computes here; see `cores.py`."""
 
     # --- orders of the scheduler -----------------------------------------------------------------
 
@@ -138,7 +145,11 @@ class Replica:
         pass_s, step_s = self._times(jobs, exclusive=exclusive)
         self._running = running = Pass(jobs, now_s, step_s, exclusive=exclusive)
         self._short_begins()
-        timeline.at(now_s + pass_s, self._pass_ended, running)
+        if self._site.cores is None:
+            timeline.at(now_s + pass_s, self._pass_ended, running)
+        else:
+            running.work = Countdown(timeline, pass_s, partial(self._pass_ended, running))
+            running.work.set_rate(self.speed)
         words: list[Word] = []
         for job in jobs:
             job.prefill_started_s = now_s
@@ -279,7 +290,7 @@ class Replica:
         for group in groups:
             group.set_extra(self, math.inf if running is not None and running.exclusive else step_s - group.alone_s)
         if rows:
-            rows.step_s = step_s
+            rows.step_s = step_s / self.speed
             self._rows_serial += 1
             self._site.timeline.at(rows.next_end_s(), self._rows_due, self._rows_serial)
         if seat is not None:
@@ -343,6 +354,30 @@ class Replica:
         """Anything at all."""
         return bool(self._groups) or bool(self._rows)
 
+    # --- shared cores ----------------------------------------------------------------------------
+
+    def set_speed(self, speed: float) -> None:
+        """See `cores.Task`."""
+        self.speed = speed
+        if self._running is not None and self._running.work is not None:
+            self._running.work.set_rate(speed)
+        if self._seat is not None:
+            self._seat.speed_changed()
+        for group in self._groups:
+            group.speed_changed()
+        if self._rows:
+            self.pace()
+
+    def _use_cores(self) -> None:
+        """What computes here may have changed. The prefill of a long is in the background."""
+        cores, seat = self._site.cores, self._seat
+        if cores is None:
+            return
+        if self._shorts or self._longs:
+            cores.use(self, background=seat is not None and seat.runs)
+        else:
+            cores.leave(self)
+
     # --- busy time -------------------------------------------------------------------------------
 
     def _short_begins(self) -> None:
@@ -352,6 +387,7 @@ class Replica:
             self._site.usage.add(now_s, 0 if self._longs else 1, 1, 0)
             if not self._longs:
                 self._work_since_s = now_s
+        self._use_cores()
 
     def _short_rests(self) -> None:
         self._shorts -= 1
@@ -360,6 +396,7 @@ class Replica:
             self._site.usage.add(now_s, 0 if self._longs else -1, -1, 0)
             if not self._longs:
                 self.busy_s += now_s - self._work_since_s
+        self._use_cores()
 
     def long_begins(self) -> None:
         """A long computes here from now on."""
@@ -369,6 +406,7 @@ class Replica:
             self._site.usage.add(now_s, 0 if self._shorts else 1, 0, 1)
             if not self._shorts:
                 self._work_since_s = now_s
+        self._use_cores()
 
     def long_rests(self) -> None:
         """It stands still, or left."""
@@ -378,3 +416,4 @@ class Replica:
             self._site.usage.add(now_s, 0 if self._shorts else -1, 0, -1)
             if not self._shorts:
                 self.busy_s += now_s - self._work_since_s
+        self._use_cores()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from common.policy.cost_model import ReplicaCosts
 from common.policy.scheduler_io import SchedulerEvent
+from loadtest.simulator.cores import Cores
 from loadtest.simulator.costs import LongCosts
 from loadtest.simulator.job import Job
 from loadtest.simulator.recorder import Recorder
@@ -42,6 +43,8 @@ class Site:
     hear: Callable[[Sequence[Word]], None]
     """Hands words to the scheduler at once."""
     recorder: Recorder | None = None
+    cores: Cores | None = None
+    """All workers compute on these; None: each by itself."""
 
     def tell(self, words: Sequence[Word], hops: int = 1) -> None:
         """Words to the scheduler, on their way from now on; from a group they go by way of its coordinator."""

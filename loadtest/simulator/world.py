@@ -52,6 +52,7 @@ from common.policy.scheduler import Scheduler
 from common.policy.scheduler_io import EndBusRequest, ForgetRequest, SaveRequest, SchedulerEvent
 from common.policy.sequence_plan import SpPlanner
 from common.units import CoordinatorId, RequestId, RouterId, WorkerId
+from loadtest.simulator.cores import Cores
 from loadtest.simulator.costs import LongCosts, SpCosts
 from loadtest.simulator.decoder import Decoder
 from loadtest.simulator.group import COORDINATOR_HOPS, Group
@@ -113,6 +114,7 @@ class World:
         seed: int = 0,
         hop_s: float = HOP_S,
         record: bool = False,
+        cores: Cores | None = None,
     ) -> None:
         self._shape = shape
         self._config = config = msgspec.structs.replace(config, lease_s=LEASE_S)
@@ -129,6 +131,7 @@ class World:
             usage=Usage(),
             hear=self._hear,
             recorder=self._recorder,
+            cores=cores,
         )
         self._replicas: dict[str, Replica] = {}
         self._decoders: dict[str, Decoder] = {}
