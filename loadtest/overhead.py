@@ -152,15 +152,15 @@ async def _quiet(client: Client, rng: random.Random, number: int) -> Quiet:
     story = await client.get(f"/v1/requests/{name}/story")
     return Quiet(
         ttft_s=answer.first_s - answer.sent_s,
-        compute_s=_told(story, "compute_s"),
-        in_worker_s=_told(story, "in_worker_s"),
+        compute_s=told(story, "PrefillFinished", "compute_s"),
+        in_worker_s=told(story, "PrefillFinished", "in_worker_s"),
     )
 
 
-def _told(story: Any, field: str) -> float:
-    """A number from the prefill worker's last word in a request's story. Raises: MeasurementFailed."""
+def told(story: Any, word: str, field: str) -> float:
+    """A number from a message of that type in a request's story. Raises: MeasurementFailed."""
     for line in story.get("lines", ()):
-        if " PrefillFinished " in line and (found := re.search(rf"\b{field}=([-+.e\d]+)", line)):
+        if f" {word} " in line and (found := re.search(rf"\b{field}=([-+.e\d]+)", line)):
             return float(found[1])
     raise MeasurementFailed(f"the request's story does not tell {field}: is the cluster of this version?")
 
