@@ -16,6 +16,8 @@ from loadtest.paper_report.variants import SWEEP_VARIANTS, VARIANTS
 
 WIDTH = 11.0
 """Inches."""
+TITLE_Y = 1.0
+"""Said, because to find a place for a title by itself takes a third of the time of drawing."""
 PAPER_COLOUR = "#444444"
 LOAD_COLOURS = ("#4c78a8", "#f58518", "#e45756", "#72b7b2", "#54a24b", "#b279a2")
 """One per load; more loads than that use them again."""
@@ -50,7 +52,7 @@ def delays(loads: Mapping[str, Policies]) -> str:
         for place, policy in enumerate(policies):
             _range_bar(panel, place, policies[policy]["short_delay_s"])
         panel.set_yscale("log")
-        panel.set_title(load)
+        panel.set_title(load, y=TITLE_Y)
         _name_policies(panel, list(policies))
     panels[0].set_ylabel("queueing delay of shorts, s")
     return _svg(figure, "delays")
@@ -64,7 +66,7 @@ def bars(loads: Mapping[str, Policies]) -> str:
     policies = list(dict.fromkeys(policy for found in loads.values() for policy in found))
     for panel, (title, read, logarithmic) in zip(panels, BARS, strict=True):
         _grouped(panel, policies, {load: [read(found, policy) for policy in policies] for load, found in loads.items()})
-        panel.set_title(title)
+        panel.set_title(title, y=TITLE_Y)
         if logarithmic:
             panel.set_yscale("log")
         _name_policies(panel, policies)
@@ -90,7 +92,7 @@ def sweep(shares: Sequence[float], found: Mapping[str, Sequence[Mapping[str, Any
                 colour, style = SWEEP_STYLES[policy]
                 label = VARIANTS[policy].title
                 panel.plot(*zip(*points, strict=True), style, color=colour, marker="o", markersize=3, label=label)
-        panel.set_title(title)
+        panel.set_title(title, y=TITLE_Y)
         panel.set_yscale("log")
         panel.set_xlabel("load, % of short capacity")
     panels[0].legend(fontsize=8)
@@ -115,7 +117,7 @@ def beside_paper(title: str, compared: Sequence[Compared]) -> str:
             groups[load].append(own[load].ours if load in own else None)
     _grouped(panel, models, groups, first=PAPER_COLOUR, errors=ranges)
     panel.axhline(0.0, color="#999999", linewidth=0.6)
-    panel.set_title(title, fontsize=9)
+    panel.set_title(title, fontsize=9, y=TITLE_Y)
     panel.set_xticks(range(len(models)), models, fontsize=8)
     unit = compared[0].unit
     numbers = [abs(y) for ys in groups.values() for y in ys if y]
@@ -123,6 +125,7 @@ def beside_paper(title: str, compared: Sequence[Compared]) -> str:
         panel.set_yscale("symlog", linthresh=min(numbers))
     panel.yaxis.set_major_formatter(lambda y, _: show(y, unit))
     panel.tick_params(axis="y", labelsize=7)
+    panel.minorticks_off()
     panel.legend(fontsize=7)
     return _svg(figure, title)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 GENERAL: tuple[str, ...] = (
     "The paper's operating point cannot be rebuilt from its text. It took the trace's arrival times, as the load "
-    "“trace” does here. But its FIFO with longs has delays only 2.5 to 10 times those without, so shorts alone must have "
-    "brought its cluster near saturation. Here the trace's shorts need a small part of the cluster, and longs come "
-    "several times faster than all its GPUs could prefill them: hence quotients of thousands where the paper has single figures. The "
-    "loads of 50 % and 80 % are those at which shorts weigh.",
+    "“trace” does here. But its FIFO with longs has delays only 2.5 to 10 times those without, so shorts alone must "
+    "have brought its cluster near saturation. Here the trace's shorts need a small part of the cluster, and longs "
+    "come several times faster than all its GPUs could prefill them: hence quotients of thousands where the paper has "
+    "single figures. The loads of 50 % and 80 % are those at which shorts weigh.",
     "Every run goes on until its last request ends. Longs that came within the trace's time take many times as "
     "long to serve, so what waits in line behind them (FIFO) waits for hours; a measurement that stops with the "
     "trace would bound all of this by its length.",
@@ -16,8 +16,8 @@ GENERAL: tuple[str, ...] = (
     "baselines of the paper are whole systems (vLLM, Llumnix), which decode where they prefill.",
     "The plain ring of the baselines and of /FSP is the published one: the tokens in contiguous blocks, so that with a "
     "causal mask the last replica has the most to do. A zigzag order would balance it. Groups are sized by the way "
-    "they will work: with fast SP most of the cluster, with a plain ring, which gains little from more, mostly one to three "
-    "replicas.",
+    "they will work: with fast SP most of the cluster, with a plain ring, which gains little from more, mostly one to "
+    "three replicas.",
 )
 """What holds of all of them."""
 

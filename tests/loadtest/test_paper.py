@@ -283,13 +283,13 @@ def test_the_command_writes_every_policy_and_a_report_with_the_papers_figures(
 ) -> None:
     names = {name: tmp_path / name for name in ("figures.json", "details.json", "report.html")}
     trace = azure_file(tmp_path)
-    flags = ["paper", "--trace", str(trace), "--models", "yi-34b", "--loads", "trace", "50%", "sweep", "--jobs", "1"]
+    flags = ["paper", "--trace", str(trace), "--models", "yi-34b", "--loads", "50%", "sweep", "--jobs", "1"]
     flags += ["--json", str(names["figures.json"]), "--details", str(names["details.json"])]
     assert main([*flags, "--html", str(names["report.html"])]) == 0
 
     found = json.loads(names["figures.json"].read_text())
     assert list(found) == ["yi-34b"]
-    assert list(found["yi-34b"]) == ["trace", "50%"]
+    assert list(found["yi-34b"]) == ["50%"]
     for policies in found["yi-34b"].values():
         assert list(policies) == [*NINE, "fifo_no_longs"]
         for policy in policies.values():
