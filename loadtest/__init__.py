@@ -6,6 +6,8 @@
 `python -m loadtest engine`    stepped prefill beside transformers' own forward; a decode step by batch size
 `python -m loadtest fit-costs` the simulator's coefficients of a GPU, fitted to measured tables
 `python -m loadtest sim`       a workload on a simulated cluster of GPUs, under any policy
+`python -m loadtest paper`     the paper's experiments on simulated clusters, each figure beside the paper's, as HTML
+`python -m loadtest scale`     what a decision of the scheduler costs in clusters of 32 to 8,192 GPUs
 
 Each prints a table and writes the same figures with `--json FILE`. What is measured, and from when to
 when, stands at the top of the file of the same name. Run them on a quiet machine.
