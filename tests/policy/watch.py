@@ -51,11 +51,11 @@ class PauseWatch:
     def saw(
         self, scheduler: Scheduler, event: SchedulerEvent, commands: Sequence[SchedulerCommand], now_s: float
     ) -> None:
+        known = {r.key: r for r in scheduler.cluster.requests.values() if r.is_long and r.state in IN_GROUP}
+        self._hear(known, event, now_s)
         for command in commands:
             if isinstance(command, PauseGroup):
                 self._ordered((command.request_id, command.attempt), now_s)
-        known = {r.key: r for r in scheduler.cluster.requests.values() if r.is_long and r.state in IN_GROUP}
-        self._hear(known, event, now_s)
         for command in commands:
             if isinstance(command, ResumeGroup):
                 self._resumed((command.request_id, command.attempt), now_s)
