@@ -36,8 +36,11 @@ NO_DEADLINE_S = 10.0
 passed over for longer."""
 NODES_MAX = 8
 """Of the largest groups that are thought of."""
+DRAIN_AFTER_S = 5.0
+"""A long that has waited for this long waits no more until shorts leave enough replicas idle at once, which
+under a steady load of them may be never: it takes the least busy ones, and starts when their shorts are done."""
 TRY_AGAIN_S = 0.5
-"""A long that found no room looks again when there is more of it, or after this time: shorts may bring less load now."""
+"""A long that found no room looks again when there is more of it, or after this time: shorts may bring less load."""
 LOAD_WINDOW_S = 30.0
 """Over which the load of shorts is averaged."""
 
@@ -146,11 +149,11 @@ class PecSchedPolicy:
         seats = len(cluster.seats)
         if not seats or not cluster.can_form_groups:
             return ()
-        members = group_for_long(
-            cluster, self._config, self._planner, request, seats - self._spare(cluster, request, now_s)
-        )
-        if not members and not cluster.prefilling and not cluster.paused:
-            members = group_for_long(cluster, self._config, self._planner, request, seats)  # one must run
+        if cluster.prefilling or cluster.paused:  # else: one must run
+            seats -= self._spare(cluster, request, now_s)
+        members = group_for_long(cluster, self._config, self._planner, request, seats)
+        if not members and now_s - request.state_since_s >= DRAIN_AFTER_S:
+            members = group_for_long(cluster, self._config, self._planner, request, seats, drain=True)
         return members
 
     def _spare(self, cluster: Cluster, request: Request, now_s: float) -> int:

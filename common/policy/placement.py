@@ -24,6 +24,7 @@ from common.policy.cluster import Cluster, Decoder, Replica, Request, SchedulerC
 from common.policy.colocation import has_room
 from common.policy.costs import shorts_s
 from common.policy.lifecycle import RequestState
+from common.policy.load_index import NodeIndex
 from common.policy.long_planner import Layout, LongPlanner
 from common.policy.preemption import PauseBounds
 from common.units import RequestId, WorkerId
@@ -83,34 +84,51 @@ def layout_of(cluster: Cluster, members: tuple[WorkerId, ...]) -> Layout:
 
 
 def group_for_long(
-    cluster: Cluster, config: SchedulerConfig, planner: LongPlanner, request: Request, seats_max: int
+    cluster: Cluster,
+    config: SchedulerConfig,
+    planner: LongPlanner,
+    request: Request,
+    seats_max: int,
+    *,
+    drain: bool = False,
 ) -> tuple[WorkerId, ...]:
     """Replicas for a long, in rank order, node by node; none: not now.
 
     At most `seats_max` of them, and at most `group_max`. Of several nodes, those with the most vacant replicas, a
     bounded number of them; a group that fits into one node takes the node where it leaves the fewest. (A group
-    starts when its last member does: none of them has shorts waiting, so all queues are equally short.)
+    starts when its last member does: none of them has shorts waiting, so all queues are equally short.) To `drain`
+    is to take also replicas with shorts, which finish these first and get no more.
     """
     seats_max = min(seats_max, config.group_max)
     if request.spec.kv_tokens > seats_max * cluster.kv_max("prefill") or not cluster.can_form_groups:
         return ()
     if config.group_max == 1:
         return _single(cluster, request.spec.kv_tokens)
+    places = _least_queued_seats(cluster) if drain else cluster.vacant
     left, by_node, members = seats_max, [], []
-    for size, node in cluster.vacant.largest():
+    for size, node in places.largest():
         by_node.append(min(size, left))
-        members += cluster.vacant.of(node, by_node[-1])
+        members += places.of(node, by_node[-1])
         left -= by_node[-1]
         if not left:
             break
     kv_free = min((cluster.replicas[worker_id].kv_free for worker_id in members), default=0)
     degree = planner.degree(request.tokens, request.spec.kv_tokens, by_node, kv_free)
-    one_node = cluster.vacant.best(degree) if degree else None
+    one_node = places.best(degree) if degree else None
     if one_node is not None:
-        alone = cluster.vacant.of(one_node, degree)
+        alone = places.of(one_node, degree)
         if all(cluster.replicas[worker_id].kv_free >= kv_free for worker_id in alone):
             return tuple(alone)
     return tuple(members[:degree])
+
+
+def _least_queued_seats(cluster: Cluster) -> NodeIndex:
+    """Replicas whose prefill place is free, those with the fewest queued tokens; a bounded number."""
+    seats = NodeIndex()
+    for index in (cluster.idle, cluster.decoding):
+        for worker_id in index.least(GROUP_REPLICAS_MAX):
+            seats.add(worker_id, cluster.replicas[worker_id].profile.node)
+    return seats
 
 
 def _single(cluster: Cluster, kv_tokens: int) -> tuple[WorkerId, ...]:
