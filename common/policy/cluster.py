@@ -12,11 +12,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from sortedcontainers import SortedDict
+
 from common.messages.base import Record
 from common.messages.cluster import WorkerProfile, WorkerRole
 from common.messages.requests import LengthClass, RequestSpec
 from common.policy.core import InvariantViolated
-from common.policy.lifecycle import STANDING_LONG, RequestState
+from common.policy.lifecycle import RequestState
 from common.policy.load_index import LoadIndex, NodeIndex
 from common.policy.preemption import PauseAccount
 from common.units import Attempt, RequestId, WorkerId
@@ -136,6 +138,8 @@ class Replica(Worker):
     """The long that holds its prefill place (running or paused)."""
     decoding: set[RequestId] = field(default_factory=set)
     """Longs that decode here."""
+    home: LoadIndex | None = None
+    """The one index of the cluster that has it."""
 
     @property
     def has_shorts(self) -> bool:
@@ -167,10 +171,15 @@ class Cluster:
         """Replicas without any long, by queued tokens."""
         self.decoding = LoadIndex()
         """Replicas on which longs decode and none prefills, by queued tokens."""
-        self.prefilling = LoadIndex()
-        """Replicas whose prefill place a long holds that is not paused, by queued tokens."""
-        self.paused = LoadIndex()
-        """Replicas whose long is paused, or about to be, by queued tokens."""
+        self.groups: dict[RequestId, LoadIndex] = {}
+        """The replicas whose prefill place a long holds, by queued tokens. (Per long: a group of 28 that is paused
+        changes one entry, not 28.)"""
+        self.standing: dict[RequestId, None] = {}
+        """Groups that are paused, or about to be."""
+        self.running: SortedDict = SortedDict()
+        """The other groups, by size, then by how long ago they were formed or paused: (members, serial) → request."""
+        self._running_as: dict[RequestId, tuple[int, int]] = {}
+        self._serial = 0
         self.seats: set[WorkerId] = set()
         """Replicas whose prefill place is free."""
         self.vacant = NodeIndex()
@@ -181,8 +190,6 @@ class Cluster:
         """Decoders by reserved KV."""
         self.can_form_groups = False
         """Whether an SP coordinator is there."""
-        self._homes = (self.idle, self.decoding, self.prefilling, self.paused)
-        """Every replica is in exactly one of them."""
         self._kv_max: dict[str, int] = {}
         self._per_node: Counter[str] = Counter()
 
@@ -223,7 +230,11 @@ class Cluster:
         if replica is not None:
             self._per_node[replica.profile.node] -= 1
         self.decoders.pop(worker_id, None)
-        for index in (*self._homes, self.seats, self.vacant, self.decoder_load):
+        if replica is not None and replica.home is not None:
+            replica.home.discard(worker_id)
+            if replica.long is not None:
+                self._close_group(replica.long)
+        for index in (self.seats, self.vacant, self.decoder_load):
             index.discard(worker_id)
         self._kv_max.clear()
 
@@ -238,33 +249,50 @@ class Cluster:
             else:
                 self.decoder_load.set(worker.worker_id, worker.kv_reserved)
             return
-        home = self._home_of(worker)
-        for index in self._homes:
-            if index is not home:
-                index.discard(worker.worker_id)
-        home.set(worker.worker_id, worker.queued_tokens)
-        if worker.long is None:
-            self.seats.add(worker.worker_id)
-        else:
-            self.seats.discard(worker.worker_id)
+        worker_id, home = worker.worker_id, self._home_of(worker)
+        if worker.home is not home:
+            if worker.home is not None:
+                worker.home.discard(worker_id)
+            worker.home = home
+            (self.seats.add if worker.long is None else self.seats.discard)(worker_id)
+        home.set(worker_id, worker.queued_tokens)
         if worker.is_vacant:
-            changed = self.vacant.add(worker.worker_id, worker.profile.node)
+            self.room_changes += self.vacant.add(worker_id, worker.profile.node)
         else:
-            changed = self.vacant.discard(worker.worker_id)
-        self.room_changes += changed
+            self.room_changes += self.vacant.discard(worker_id)
 
     def _home_of(self, replica: Replica) -> LoadIndex:
         if replica.long is not None:
-            stands = self.requests[replica.long].state in STANDING_LONG
-            return self.paused if stands else self.prefilling
+            return self.groups[replica.long]
         return self.decoding if replica.decoding else self.idle
 
-    def reindex_members(self, request: Request) -> None:
-        """It stands still, or runs again: its replicas belong in another index."""
-        for worker_id in request.members:
-            replica = self.replicas.get(worker_id)
-            if replica is not None and replica.long == request.request_id:
-                self._reindex(replica)
+    def group_moved(self, request_id: RequestId, *, stands: bool) -> None:
+        """It stands still now, or runs again."""
+        if request_id not in self.groups:
+            return
+        self._runs_not(request_id)
+        if stands:
+            self.standing[request_id] = None
+        else:
+            self._runs(request_id)
+
+    def _close_group(self, request_id: RequestId) -> None:
+        """If its last replica has left it."""
+        if request_id in self.groups and not len(self.groups[request_id]):
+            del self.groups[request_id]
+            self._runs_not(request_id)
+
+    def _runs(self, request_id: RequestId) -> None:
+        self._serial += 1
+        place = (len(self.requests[request_id].members), self._serial)
+        self._running_as[request_id] = place
+        self.running[place] = request_id
+
+    def _runs_not(self, request_id: RequestId) -> None:
+        self.standing.pop(request_id, None)
+        place = self._running_as.pop(request_id, None)
+        if place is not None:
+            del self.running[place]
 
     # --- KV --------------------------------------------------------------------------------------
 
@@ -273,7 +301,8 @@ class Cluster:
             raise InvariantViolated(f"{key} is reserved twice on {worker.worker_id}")
         worker.held[key] = Reservation(tokens=tokens, ordered_s=now_s)
         worker.kv_reserved += tokens
-        self._reindex(worker)
+        if isinstance(worker, Decoder):
+            self._reindex(worker)
 
     def release(self, worker_id: WorkerId, key: HoldKey) -> bool:
         """The worker holds nothing of this attempt any more. False: it was not on the books."""
@@ -286,6 +315,8 @@ class Cluster:
         if reservation is not None:
             worker.kv_reserved -= reservation.tokens
         if isinstance(worker, Replica):
+            if key not in worker.queued and key not in worker.resident:
+                return reservation is not None
             worker.queued_tokens -= worker.queued.pop(key, 0)
             worker.resident.discard(key)
         self._reindex(worker)
@@ -311,6 +342,9 @@ class Cluster:
         if replica.long is not None:
             raise InvariantViolated(f"{replica.worker_id} already prefills {replica.long}, not {request_id}")
         replica.long = request_id
+        if request_id not in self.groups:
+            self.groups[request_id] = LoadIndex()
+            self._runs(request_id)
         self._reindex(replica)
 
     def unseat_long(self, request: Request, *, decodes: bool) -> None:
@@ -326,3 +360,4 @@ class Cluster:
             else:
                 replica.decoding.discard(request.request_id)
             self._reindex(replica)
+        self._close_group(request.request_id)

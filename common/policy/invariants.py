@@ -167,8 +167,14 @@ def a_group_keeps_its_kv(cluster: Cluster) -> None:
 
 def replicas_are_indexed_by_their_state(cluster: Cluster) -> None:
     """Every replica is in the one index of its state; decoders that are suspected are in none."""
-    homes = {"idle": cluster.idle, "decoding": cluster.decoding, "prefilling": cluster.prefilling}
-    homes["paused"] = cluster.paused
+    homes = {"idle": cluster.idle, "decoding": cluster.decoding}
+    homes |= {f"group of {request_id}": index for request_id, index in cluster.groups.items()}
+    for request_id in cluster.groups:
+        stands = _state_of(cluster, request_id) in STANDING_LONG
+        require((request_id in cluster.standing) == stands, f"{request_id}: among the groups that stand")
+    running = set(cluster.running.values())
+    require(running | cluster.standing.keys() == cluster.groups.keys(), "a group runs, or stands")
+    require(len(cluster.running) + len(cluster.standing) == len(cluster.groups), "no group does both")
     for name, replica in cluster.replicas.items():
         found = [home for home, index in homes.items() if name in index]
         require(found == [_home_of(cluster, replica)], f"{name}: indexed as {found}, is {_home_of(cluster, replica)}")
@@ -184,7 +190,7 @@ def replicas_are_indexed_by_their_state(cluster: Cluster) -> None:
 
 def _home_of(cluster: Cluster, replica: Replica) -> str:
     if replica.long is not None:
-        return "paused" if _state_of(cluster, replica.long) in STANDING_LONG else "prefilling"
+        return f"group of {replica.long}"
     return "decoding" if replica.decoding else "idle"
 
 

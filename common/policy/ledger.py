@@ -105,7 +105,7 @@ class Ledger:
             else:
                 self.grouped.pop(request.request_id, None)
             if index_changes:
-                self.cluster.reindex_members(request)
+                self.cluster.group_moved(request.request_id, stands=state in STANDING_LONG)
             self.policy.long_changed(request)
 
     def current(self, request_id: RequestId, attempt: int) -> Request | None:

@@ -37,8 +37,9 @@ passed over for longer."""
 NODES_MAX = 8
 """Of the largest groups that are thought of."""
 DRAIN_AFTER_S = 5.0
-"""A long that has waited for this long waits no more until shorts leave enough replicas idle at once, which
-under a steady load of them may be never: it takes the least busy ones, and starts when their shorts are done."""
+"""A long whose turn it has been for this long, with places free of other longs, waits no more until shorts leave enough
+of them idle at once, which under a steady load may be never: it takes the least busy ones, and starts when their
+shorts are done."""
 TRY_AGAIN_S = 0.5
 """A long that found no room looks again when there is more of it, or after this time: shorts may bring less load."""
 LOAD_WINDOW_S = 30.0
@@ -56,6 +57,8 @@ class PecSchedPolicy:
         self._tried: tuple[RequestId, int] | None = None
         """The long that found no room, and when by the cluster's count of changes."""
         self._try_again_s = 0.0
+        self._blocked: tuple[RequestId, float] | None = None
+        """The long whose turn it is and that only shorts keep from starting, and since when."""
         self._wake_for_long_s: float | None = None
         self._wished: tuple[tuple[RequestId, int] | None, int] = (None, 0)
         """Over how many replicas the first of the longs would be spread in an empty cluster of so many."""
@@ -149,11 +152,16 @@ class PecSchedPolicy:
         seats = len(cluster.seats)
         if not seats or not cluster.can_form_groups:
             return ()
-        if cluster.prefilling or cluster.paused:  # else: one must run
-            seats -= self._spare(cluster, request, now_s)
+        spared = seats - self._spare(cluster, request, now_s)
+        if cluster.groups or request.spec.kv_tokens <= spared * cluster.kv_max("prefill"):
+            seats = spared  # else: one must run
         members = group_for_long(cluster, self._config, self._planner, request, seats)
-        if not members and now_s - request.state_since_s >= DRAIN_AFTER_S:
-            members = group_for_long(cluster, self._config, self._planner, request, seats, drain=True)
+        if members or request.spec.kv_tokens > seats * cluster.kv_max("prefill"):
+            self._blocked = None
+        elif self._blocked is None or self._blocked[0] != request.request_id:
+            self._blocked = request.request_id, now_s
+        elif now_s - self._blocked[1] >= DRAIN_AFTER_S:
+            return group_for_long(cluster, self._config, self._planner, request, seats, drain=True)
         return members
 
     def _spare(self, cluster: Cluster, request: Request, now_s: float) -> int:

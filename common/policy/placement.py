@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 from common.policy.cluster import Cluster, Decoder, Replica, Request, SchedulerConfig
@@ -27,11 +28,13 @@ from common.policy.lifecycle import RequestState
 from common.policy.load_index import NodeIndex
 from common.policy.long_planner import Layout, LongPlanner
 from common.policy.preemption import PauseBounds
-from common.units import RequestId, WorkerId
+from common.units import WorkerId
 
-GROUPS_MAX = 8
-GROUP_REPLICAS_MAX = 64
-"""How many groups, and how many of their replicas, are looked at before a pause: a decision stays O(log n)."""
+GROUPS_MAX = 16
+PER_GROUP = 4
+"""How many groups are looked at for a short, and how many replicas of each: a decision stays O(log n)."""
+DRAINED_MAX = 64
+"""How many replicas are thought of for a long that takes them from shorts."""
 
 Rule = Literal["idle", "colocate", "exclude", "paused", "pause", "queue"]
 """Which rule of the cascade placed a short. `exclude`: where a long decodes, which waits meanwhile (no colocation);
@@ -126,7 +129,7 @@ def _least_queued_seats(cluster: Cluster) -> NodeIndex:
     """Replicas whose prefill place is free, those with the fewest queued tokens; a bounded number."""
     seats = NodeIndex()
     for index in (cluster.idle, cluster.decoding):
-        for worker_id in index.least(GROUP_REPLICAS_MAX):
+        for worker_id in index.least(DRAINED_MAX):
             seats.add(worker_id, cluster.replicas[worker_id].profile.node)
     return seats
 
@@ -211,7 +214,7 @@ def _by_pausing(
         needed_s = _wait_s(replica, config) + _run_s(replica, request)
         pausable_s = long.pauses.pausable_from_s(now_s, needed_s, bounds)
         if pausable_s is not None and pausable_s <= now_s:
-            if to_pause is None or len(long.members) < _members(cluster, to_pause):
+            if to_pause is None or _cost(cluster, replica) < _cost(cluster, to_pause):
                 to_pause = replica
         elif pausable_s is not None:
             retry_s = pausable_s if retry_s is None else min(retry_s, pausable_s)
@@ -224,8 +227,9 @@ def _paused_already(
     cluster: Cluster, config: SchedulerConfig, request: Request, free_wait_s: float, now_s: float
 ) -> Replica | None:
     """The least queued replica whose long stands still for long enough."""
-    for worker_id in cluster.paused.least():
-        replica = cluster.replicas[worker_id]
+    groups = [cluster.groups[request_id] for request_id in islice(cluster.standing, GROUPS_MAX)]
+    found = [cluster.replicas[worker_id] for group in groups for worker_id in group.least(PER_GROUP)]
+    for replica in sorted(found, key=_by_queue):
         long = cluster.requests[replica.long] if replica.long else None
         if long is None or long.pauses is None or not _fits(replica, request, config):
             continue
@@ -240,19 +244,19 @@ def _paused_already(
 
 
 def _running(cluster: Cluster) -> Iterator[Replica]:
-    """The least queued replica of each group that prefills; a bounded number of groups."""
-    seen: set[RequestId] = set()
-    for worker_id in cluster.prefilling.least(GROUP_REPLICAS_MAX):
-        replica = cluster.replicas[worker_id]
-        if replica.long is not None and replica.long not in seen:
-            seen.add(replica.long)
-            yield replica
-            if len(seen) == GROUPS_MAX:
-                return
+    """The least queued replica of each group that prefills; a bounded number of groups, the smallest first."""
+    for request_id in islice(cluster.running.values(), GROUPS_MAX):
+        for worker_id in cluster.groups[request_id].least(1):
+            yield cluster.replicas[worker_id]
 
 
-def _members(cluster: Cluster, replica: Replica) -> int:
-    return len(cluster.requests[replica.long].members) if replica.long else 0
+def _by_queue(replica: Replica) -> tuple[int, WorkerId]:
+    return replica.queued_tokens, replica.worker_id
+
+
+def _cost(cluster: Cluster, replica: Replica) -> tuple[int, int]:
+    """Of pausing its long: how many replicas stop; among equals, what waits there already."""
+    return len(cluster.requests[replica.long].members) if replica.long else 0, replica.queued_tokens
 
 
 def _fits(replica: Replica, request: Request, config: SchedulerConfig) -> bool:

@@ -1,8 +1,8 @@
 """The cluster scheduler: one handler per event, the only mutator of the `Cluster`.
 
 It keeps the books (who is there, who runs what, whose KV lies where), asks its policy for decisions and
-turns them into orders. Which request goes where, and who is paused, is the policy's
-(`pecsched.py`, `baselines.py`); what happens on loss, cancellation and lost messages is the same for all.
+turns them into orders. Which request goes where, and who is paused, is the policy's (`pecsched.py`, `fifo.py`,
+`reservation.py`, `priority.py`); what happens on loss, cancellation and lost messages is the same for all.
 """
 
 from __future__ import annotations
@@ -400,7 +400,7 @@ class Scheduler:
                 spec=request.spec,
                 decode_worker_id=decision.decoder,
                 decode_address=address,
-                exclusive=decision.rule == "exclude",
+                exclusive=not self._config.colocation,
             )
         )
 

@@ -5,7 +5,7 @@ long keeps nobody busy; the shorts it is paused for do.
 
 *Starvation*, so that it means the same at every load and under every policy: in an overloaded cluster some
 long always waits, under the fairest of policies. A long is **starved** if the run ends without it, or if it had
-not begun when arrivals ended, though while it waited all longs together were given less than
+not begun when arrivals ended, though while it waited (a minute at least) all longs together were given less than
 `DENIED_SHARE` of the GPU time that shorts left over. It is then not load that keeps it waiting but the
 policy: however long the arrivals went on, longs would not be served.
 """
@@ -13,6 +13,8 @@ policy: however long the arrivals went on, longs would not be served.
 from __future__ import annotations
 
 DENIED_SHARE = 0.1
+DENIED_AFTER_S = 60.0
+"""Who has waited for less was not denied anything: groups are not formed in an instant."""
 
 
 class Usage:
@@ -47,4 +49,4 @@ def is_denied(waited_s: float, workers: int, short_s: float, long_s: float) -> b
     """Whether longs got less than their due in a time of `waited_s` in which shorts used `short_s` and longs
     `long_s` worker-seconds of `workers` workers."""
     left_s = waited_s * workers - short_s
-    return left_s > 0.0 and long_s < DENIED_SHARE * left_s
+    return waited_s >= DENIED_AFTER_S and left_s > 0.0 and long_s < DENIED_SHARE * left_s

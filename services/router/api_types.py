@@ -25,6 +25,8 @@ class Request(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     n: int | None = None
     stream: bool | None = None
     ignore_eos: bool | None = None
+    deadline_s: float | None = None
+    """Seconds by which the first token is wanted: of shorts that wait, the one due first goes first."""
     user: str | None = None
     metadata: dict[str, Any] | None = None
     # Accepted at their default.

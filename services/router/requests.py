@@ -286,6 +286,7 @@ def submission(generation: Generation, router_id: RouterId, inline_tokens_max: i
         sampling=draft.sampling,
         stop_token_ids=draft.stop_token_ids,
         generated_before=len(generation.delivered),
+        deadline_s=draft.deadline_s,
         reply_inbox=generation.reply_inbox,
         traceparent=generation.traceparent,
     )

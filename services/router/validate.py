@@ -32,6 +32,7 @@ CHOICES_MAX = 128
 STOPS_MAX = 4
 STOP_CHARS_MAX = 512
 TOP_K_MAX = 1_000_000
+DEADLINE_S_MAX = 86_400.0
 SEED_MAX = 2**63 - 1
 METADATA_MAX = 16
 REQUEST_ID = re.compile(r"[A-Za-z0-9._@=+-]{1,128}")
@@ -80,6 +81,7 @@ class Plan:
     seed: int | None
     stop: tuple[str, ...]
     ignore_eos: bool
+    deadline_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ class Draft:
     sampling: SamplingParams
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+    deadline_s: float | None = None
 
 
 def parse(body: bytes, shape: type[RequestT], encoding: Encoding = "json") -> RequestT:
@@ -197,6 +200,7 @@ def _plan(
         seed=_within("seed", request.seed, 0, SEED_MAX),
         stop=_stops(request.stop),
         ignore_eos=bool(request.ignore_eos),
+        deadline_s=_within("deadline_s", request.deadline_s, 0.0, DEADLINE_S_MAX),
     )
 
 
@@ -212,7 +216,7 @@ def drafts(plan: Plan, prompts_ids: Sequence[Sequence[int]], facts: ModelFacts, 
         for _ in range(plan.n):
             sampling = msgspec.structs.replace(plan.sampling, seed=(seed + len(found)) % (SEED_MAX + 1))
             stop_ids = () if plan.ignore_eos else facts.stop_token_ids
-            found.append(Draft(ids, max_tokens, sampling, stop_ids, plan.stop))
+            found.append(Draft(ids, max_tokens, sampling, stop_ids, plan.stop, plan.deadline_s))
     return found
 
 

@@ -99,6 +99,15 @@ async def test_ignore_eos_goes_on_to_max_tokens():
         assert w.cluster.submitted[0].stop_token_ids == ()
 
 
+async def test_a_deadline_reaches_the_scheduler_and_one_that_is_none_is_refused():
+    async with world() as w:
+        assert (await w.post("/v1/completions", {**TEXT, "deadline_s": 0.5})).status_code == 200
+        assert w.cluster.submitted[0].deadline_s == 0.5
+        refused = await w.post("/v1/completions", {**TEXT, "deadline_s": -1})
+        assert refused.status_code == 400
+        assert "deadline_s must be between" in refused.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_stop_string_across_tokens_ends_the_answer_before_it_and_cancels(stream: bool):
     async with world() as w:
