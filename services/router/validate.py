@@ -81,7 +81,7 @@ class Plan:
     seed: int | None
     stop: tuple[str, ...]
     ignore_eos: bool
-    deadline_s: float | None
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
