@@ -403,10 +403,12 @@ def test_no_room_no_degree():
     assert planner.degree(100_000, 100_000, [8], 40_000) == 3
 
 
-def test_the_degree_does_not_depend_on_how_the_group_works():
-    fast, plain = (SpPlanner(model(), fast_sp=fast_sp) for fast_sp in (True, False))
-    for tokens in (5_000, 100_000, 400_000):
-        assert fast.degree(tokens, tokens, [8, 8], 300_000) == plain.degree(tokens, tokens, [8, 8], 300_000)
+def test_a_plain_rings_groups_are_smaller_unless_large_ones_are_asked_for():
+    fast, plain = SpPlanner(model()), SpPlanner(model(), fast_sp=False)
+    large = SpPlanner(model(), fast_sp=False, large_groups=True)
+    for tokens in (100_000, 400_000):
+        of_fast, of_plain, of_large = (p.degree(tokens, tokens, [8, 8], 300_000) for p in (fast, plain, large))
+        assert of_plain < of_fast == of_large
         assert plain.prefill_s(tokens, (8,)) > fast.prefill_s(tokens, (8,))
 
 
