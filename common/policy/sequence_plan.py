@@ -158,8 +158,9 @@ class SpPlanner:
 
     def degree(self, tokens: int, kv_tokens: int, free_by_node: Sequence[int], kv_free_tokens: int) -> int:
         """Enough replicas for the KV, then one more at a time, node by node, while the prefill shortens and its
-        parallel efficiency against the fewest, prefill_s(fewest)·fewest / (prefill_s(d)·d), stays at `efficiency_min`
-        or above. 0 where the KV needs more than there are, or than `degree_max`.
+        parallel efficiency, prefill_s(1) / (prefill_s(d)·d), stays at `efficiency_min` or above. (Against one replica
+        even where its KV needs two: two in a plain ring are no measure of efficiency.) 0 where the KV needs more
+        than there are, or than `degree_max`.
 
         The estimates are of the way the group will work: a plain ring loses efficiency early, so its groups stay
         small, unless large ones were asked for."""
@@ -172,7 +173,7 @@ class SpPlanner:
         if not layout or tokens < _tokens_min(layout):
             return 0
         best, best_s = fewest, self._estimate_s(tokens, layout)
-        work_s = best_s * fewest
+        work_s = self._estimate_s(tokens, (1,))
         for degree in range(fewest + 1, self._degree_max + 1):
             layout = layout_of(free_by_node, degree)
             if not layout or tokens < _tokens_min(layout):
