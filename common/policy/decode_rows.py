@@ -48,6 +48,8 @@ class Row:
     """While its KV is awaited: when that lapses."""
     failure: str | None = None
     """While closing: why, if the scheduler must hear of it."""
+    closing_from: RowPhase | None = None
+    """While closing: the phase it was in. What that waited for is what frees its KV, and nothing else does."""
     in_step: bool = False
     asked: set[Attempt] = field(default_factory=set)
     """Later attempts that the scheduler dropped with this one; each is answered."""
@@ -61,6 +63,10 @@ class Row:
     @property
     def attempt(self) -> Attempt:
         return self.spec.attempt
+
+    def awaits_end_of(self, phase: RowPhase) -> bool:
+        """In that phase, or closing from it."""
+        return phase in (self.phase, self.closing_from)
 
 
 def finish_reason(row: Row, token_id: int) -> FinishReason | None:

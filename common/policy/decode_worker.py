@@ -218,7 +218,7 @@ class DecodeWorkerCore:
 
     def _reservation_answered(self, event: KvReserved | ReserveFailed) -> None:
         row = self._row(event.request_id, event.attempt)
-        if row is None or row.phase not in (RowPhase.RESERVING, RowPhase.CLOSING):
+        if row is None or not row.awaits_end_of(RowPhase.RESERVING):
             raise InvariantViolated.told(f"{event!r} answers nothing", self.story(event.request_id))
         self._note(row.request_id, event)
         if row.phase is RowPhase.CLOSING:
@@ -266,7 +266,7 @@ class DecodeWorkerCore:
 
     def _arrived(self, event: KvArrived) -> None:
         row = self._row(event.request_id, event.attempt)
-        if row is None or row.generated or row.phase not in (RowPhase.RECEIVING, RowPhase.CLOSING):
+        if row is None or not row.awaits_end_of(RowPhase.RECEIVING):
             self._note(event.request_id, "KV arrived that nobody waits for")
             return
         self._note(row.request_id, event)
@@ -292,7 +292,7 @@ class DecodeWorkerCore:
     def _broken(self, event: KvBroken) -> None:
         self._offers.pop((event.request_id, event.attempt), None)
         row = self._row(event.request_id, event.attempt)
-        if row is None or row.generated or row.phase not in (RowPhase.RECEIVING, RowPhase.CLOSING):
+        if row is None or not row.awaits_end_of(RowPhase.RECEIVING):
             return
         self._note(row.request_id, event)
         if row.phase is RowPhase.RECEIVING:
@@ -377,6 +377,7 @@ class DecodeWorkerCore:
         if row.phase is RowPhase.RECEIVING:
             self._effects.append(StopReceiving(request_id=row.request_id, attempt=row.attempt))
         if row.phase in (RowPhase.RESERVING, RowPhase.RECEIVING) or row.in_step:
+            row.closing_from = row.phase
             self._move(row, RowPhase.CLOSING)
         else:
             self._free(row)

@@ -405,3 +405,14 @@ def test_any_interleaving(request: pytest.FixtureRequest) -> None:
             print_blob="pytest" in sys.modules,
         ),
     )
+
+
+def test_an_offer_withdrawn_while_its_row_closes_frees_nothing_that_the_engine_is_about_to_reserve():
+    core = DecodeWorkerCore(CONFIG)
+    core.handle(KvOffered(request_id="a", attempt=0, tokens=7), 0.0)
+    core.handle(expect(spec("a", 7)), 0.0)
+    core.handle(expect(spec("a", 8, attempt=1)), 0.0)
+    withdrawn = core.handle(KvBroken(request_id="a", attempt=0, reason="gone"), 0.0)
+    assert not [m for m in withdrawn if isinstance(m, KvReleased)]
+    answered = core.handle(KvReserved(request_id="a", attempt=0), 0.0)
+    assert [m.attempt for m in answered if isinstance(m, KvReleased)] == [0]
