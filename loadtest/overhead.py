@@ -195,7 +195,7 @@ MEASURED = {
 }
 HOPS = {
     "client_to_bus": "  client's bytes to the router's submission on the bus",
-    "scheduler": "  to the scheduler's order on the bus (decision, Redis write)",
+    "scheduler": "  to the scheduler's order on the bus (decision)",
     "worker": "  to the pass begun (worker: opening KV, waking the engine's thread)",
     "first_token_out": "  from the last layer to the token at the client (worker, bus, router)",
 }

@@ -7,7 +7,8 @@ For a short, the first rule that fits:
 3. a replica on which a long *prefills*: pause it (one that is paused already costs no new pause).
 
 Beyond the paper: nobody is paused for a short that a replica without longs would start within
-`wait_instead_of_pause_s` anyway; and a group is paused as one, so of those that may be paused the smallest is.
+`wait_instead_of_pause_s` anyway; and a group is paused as one, so of those that may be paused the smallest is, and
+among equals the one with the most left: the others are done sooner, and their replicas are then free for shorts.
 
 The paper's ablations are switches here: without *colocation* a short holds up a long's decode as it holds up its
 prefill; without *preemption* it does neither; without *disaggregation* it decodes where it prefilled.
@@ -204,6 +205,7 @@ def _by_pausing(
     if paused and _wait_s(paused, config) <= config.wait_instead_of_pause_s:
         return Place(paused, "paused")
     to_pause: Replica | None = None
+    least: tuple[int, float] | None = None
     retry_s: float | None = None
     for replica in _running(cluster):
         if not (_fits(replica, request, config) and _has_batch_room(replica, request, config)):
@@ -214,8 +216,9 @@ def _by_pausing(
         needed_s = _wait_s(replica, config) + _run_s(replica, request)
         pausable_s = long.pauses.pausable_from_s(now_s, needed_s, bounds)
         if pausable_s is not None and pausable_s <= now_s:
-            if to_pause is None or _cost(cluster, replica) < _cost(cluster, to_pause):
-                to_pause = replica
+            cost = (len(long.members), -long.pauses.remaining_s(now_s))
+            if least is None or cost < least:
+                least, to_pause = cost, replica
         elif pausable_s is not None:
             retry_s = pausable_s if retry_s is None else min(retry_s, pausable_s)
     if to_pause:
@@ -252,11 +255,6 @@ def _running(cluster: Cluster) -> Iterator[Replica]:
 
 def _by_queue(replica: Replica) -> tuple[int, WorkerId]:
     return replica.queued_tokens, replica.worker_id
-
-
-def _cost(cluster: Cluster, replica: Replica) -> tuple[int, int]:
-    """Of pausing its long: how many replicas stop; among equals, what waits there already."""
-    return len(cluster.requests[replica.long].members) if replica.long else 0, replica.queued_tokens
 
 
 def _fits(replica: Replica, request: Request, config: SchedulerConfig) -> bool:

@@ -67,11 +67,15 @@ class PauseAccount:
     def _ran_s(self, now_s: float) -> float:
         return now_s - self.started_s - self.suspended_by(now_s)
 
-    def nearly_done_until_s(self, now_s: float, bounds: PauseBounds) -> float:
-        """When it should be done, if that is soon; otherwise, now. By its own pace so far, or by the estimate until it
-        has said anything; once it has run for longer than that, nobody knows."""
+    def remaining_s(self, now_s: float) -> float:
+        """Of running; by its own pace so far, or by the estimate until it has said anything. Below 0: it has run for
+        longer than that, and nobody knows."""
         whole_s = self.done_s / self.done_share if self.done_share > 0.0 else self.estimate_s
-        left_s = whole_s - self._ran_s(now_s)
+        return whole_s - self._ran_s(now_s)
+
+    def nearly_done_until_s(self, now_s: float, bounds: PauseBounds) -> float:
+        """When it should be done, if that is soon; otherwise, now."""
+        left_s = self.remaining_s(now_s)
         return now_s + left_s if 0.0 < left_s < bounds.remaining_min_s else now_s
 
     def budget_s(self, now_s: float, bounds: PauseBounds) -> float:

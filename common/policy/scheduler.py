@@ -319,9 +319,7 @@ class Scheduler:
                 request.pauses.started_s = self._ledger.now_s
                 self._ledger.move(request, RequestState.RUNNING)
             case GroupPaused() if state is RequestState.PAUSING:
-                done_s = self._ledger.planner.prefill_s(event.prefilled_tokens, (1,))
-                whole_s = self._ledger.planner.prefill_s(request.tokens, (1,))
-                request.pauses.paused(self._ledger.now_s, done_s / whole_s if whole_s > 0.0 else 0.0)
+                request.pauses.paused(self._ledger.now_s, self._done_share(request, event.prefilled_tokens))
                 self._counters["pauses"] += 1
                 self._ledger.move(request, RequestState.PAUSED)
             case GroupResumed() if state is RequestState.RESUMING:
@@ -329,6 +327,13 @@ class Scheduler:
                 self._ledger.move(request, RequestState.RUNNING)
             case GroupPrefillFinished() if state in IN_GROUP and state is not RequestState.DECODING:
                 self._on_group_prefilled(request, event)
+
+    def _done_share(self, request: Request, prefilled_tokens: int) -> float:
+        """Of a long's work; 0: nothing yet, or unknown."""
+        if prefilled_tokens <= 0:
+            return 0.0
+        whole_s = self._ledger.planner.prefill_s(request.tokens, (1,))
+        return self._ledger.planner.prefill_s(prefilled_tokens, (1,)) / whole_s if whole_s > 0.0 else 0.0
 
     def _on_group_prefilled(self, request: Request, event: GroupPrefillFinished) -> None:
         if request.state is RequestState.PAUSED:

@@ -32,8 +32,11 @@ _PAST_MAX = 8192
 _PAST_PARTS = (0, 8, 2, 1)
 """Pasts measured: none, and the longest divided by these."""
 
-_ROUNDS = 6
-"""Steps of each size, of which the first is not counted."""
+_ROUNDS = 8
+"""Steps of each size."""
+
+_WARM_UP = 3
+"""Of these, how many are not counted: a process's first products are up to twice as slow as its later ones."""
 
 _BUDGET_S = 1.5
 """No further round is begun after this, once there is one to count."""
@@ -97,9 +100,9 @@ def _steps_s(model: LoadedModel, kv: SequenceKv, sizes: Sequence[Size], layers: 
                 before = clock()
                 run.step()
                 times.append(clock() - before)
-            if at and time.perf_counter() - begun > _BUDGET_S:
+            if at >= _WARM_UP and time.perf_counter() - begun > _BUDGET_S:
                 break
-    return [statistics.median(times[1:] or times) for times in seen]
+    return [statistics.median(times[_WARM_UP:] or times) for times in seen]
 
 
 def _pass_s(model: LoadedModel) -> float:

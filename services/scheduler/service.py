@@ -1,11 +1,10 @@
 """The scheduler's shell: one active process runs the core, any number stand by for its lease.
 
-For each event: the records that a successor or a person needs are written in one transaction, then the
-messages go out. If the store does not answer within a bound, the messages go out all the same: who runs
-what is known to workers and routers, a successor learns it from their heartbeats, and a record that comes late
-costs a person a stale view, while a scheduler that waits costs every client its answer. Records not
-written are kept, latest per request, and written when the store is back; each failure is counted
-(`store_errors`) and shown in the cluster view.
+The messages of an event go out at once; the records of requests follow behind, in one transaction for all that
+gathered meanwhile, latest per request. No message depends on a record: who runs what is known to workers and
+routers, and a successor learns it from their heartbeats. So a record that comes late costs a person a stale
+view, while a scheduler that waited for the store would cost every client its answer. Records not written are
+kept until the store is back; each failure is counted (`store_errors`) and shown in the cluster view.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import msgspec
@@ -65,9 +64,9 @@ Query = DescribeCluster | TellStory
 RECORD_TTL_S = 3_600.0
 """Of a request's record: nothing outlives its cluster for longer."""
 WRITE_S = 0.5
-"""How long the messages of an event wait for its records."""
+"""How long one transaction may take."""
 STORE_REST_S = 2.0
-"""After a failure, how long messages go out without trying the store."""
+"""After a failure, how long until the store is tried again."""
 UNWRITTEN_MAX = 20_000
 """Records kept for a store that is away; the oldest are given up (they expire by themselves)."""
 DONE_HEADER = "Pecsched-Done"
@@ -88,55 +87,48 @@ def config_of(settings: SchedulerSettings) -> SchedulerConfig:
 
 
 class RequestRecords:
-    """The scheduler's records in the store; see the top of this file for what happens without it."""
+    """The scheduler's records in the store, written behind its messages; see the top of this file."""
 
     def __init__(self, store: Store) -> None:
         self.errors = 0
         self._store = store
-        self._unwritten: OrderedDict[RequestId, Write] = OrderedDict()
-        self._rest_until_s = 0.0
+        self._unwritten: OrderedDict[RequestId, SaveRequest | ForgetRequest] = OrderedDict()
         self._behind = asyncio.Event()
-        self._one_at_a_time = asyncio.Lock()
 
-    async def catch_up(self) -> None:
-        """Until cancelled: write what could not be written, once the store is back."""
+    def note(self, command: SaveRequest | ForgetRequest) -> None:
+        """To be written soon."""
+        request_id = command.record.spec.request_id if isinstance(command, SaveRequest) else command.request_id
+        self._unwritten.pop(request_id, None)
+        self._unwritten[request_id] = command
+        if len(self._unwritten) > UNWRITTEN_MAX:
+            self._unwritten.popitem(last=False)
+        self._behind.set()
+
+    async def keep_up(self) -> None:
+        """Until cancelled: write what is noted, one transaction after another."""
         while True:
             await self._behind.wait()
-            await asyncio.sleep(STORE_REST_S)
-            await self.write(())
+            if not await self.write():
+                await asyncio.sleep(STORE_REST_S)
 
-    async def write(self, commands: Iterable[SaveRequest | ForgetRequest]) -> None:
-        """One transaction; takes little more than `WRITE_S` whatever happens."""
-        for command in commands:
-            request_id = command.record.spec.request_id if isinstance(command, SaveRequest) else command.request_id
-            self._unwritten.pop(request_id, None)
-            self._unwritten[request_id] = (
-                Put(keys.request(request_id), encode_record(command.record), RECORD_TTL_S)
-                if isinstance(command, SaveRequest)
-                else Delete(keys.request(request_id))
-            )
-        while len(self._unwritten) > UNWRITTEN_MAX:
-            self._unwritten.popitem(last=False)
-        async with self._one_at_a_time:
-            if self._unwritten and asyncio.get_running_loop().time() >= self._rest_until_s:
-                await self._commit()
-
-    async def _commit(self) -> None:
+    async def write(self) -> bool:
+        """All that is noted, in one transaction of at most `WRITE_S`. False: the store did not take it."""
         batch = dict(self._unwritten)
-        try:
-            async with asyncio.timeout(WRITE_S):
-                await self._store.commit(list(batch.values()))
-        except (StoreError, TimeoutError) as error:
-            self.errors += 1
-            self._rest_until_s = asyncio.get_running_loop().time() + STORE_REST_S
-            self._behind.set()
-            log.warning("records could not be written", waiting=len(self._unwritten), error=str(error) or "no answer")
-            return
-        for request_id, write in batch.items():
-            if self._unwritten.get(request_id) is write:  # else a newer one came meanwhile
+        if batch:
+            try:
+                async with asyncio.timeout(WRITE_S):
+                    await self._store.commit([_write_of(request_id, last) for request_id, last in batch.items()])
+            except (StoreError, TimeoutError) as error:
+                self.errors += 1
+                reason = str(error) or "no answer"
+                log.warning("records could not be written", waiting=len(self._unwritten), error=reason)
+                return False
+        for request_id, written in batch.items():
+            if self._unwritten.get(request_id) is written:  # else a newer one came meanwhile
                 del self._unwritten[request_id]
         if not self._unwritten:
             self._behind.clear()
+        return True
 
     async def forget_former(self) -> None:
         """Records of an earlier scheduler. Its requests are submitted again by their routers, which own them,
@@ -147,6 +139,12 @@ class RequestRecords:
         except StoreError as error:
             self.errors += 1
             log.warning("records of an earlier scheduler remain until they expire", error=str(error))
+
+
+def _write_of(request_id: RequestId, command: SaveRequest | ForgetRequest) -> Write:
+    if isinstance(command, SaveRequest):
+        return Put(keys.request(request_id), encode_record(command.record), RECORD_TTL_S)
+    return Delete(keys.request(request_id))
 
 
 class SchedulerService:
@@ -191,9 +189,12 @@ class SchedulerService:
                 epoch = await self._lease.stand_by(tasks, self._stop)
                 if epoch is None:
                     return
-                tasks.spawn(self._records.catch_up(), name="late records")
                 await self._records.forget_former()
+                writing = tasks.spawn(self._records.keep_up(), name="records")
                 await self._serve(tasks, epoch)
+                writing.cancel()
+                await asyncio.wait([writing])
+                await self._records.write()
         finally:
             await self._lease.release()
 
@@ -228,11 +229,10 @@ class SchedulerService:
     # --- commands --------------------------------------------------------------------------------
 
     async def _perform(self, commands: list[SchedulerCommand]) -> None:
-        await self._records.write(c for c in commands if isinstance(c, SaveRequest | ForgetRequest))
         for command in commands:
             match command:
                 case SaveRequest() | ForgetRequest():
-                    pass  # written above
+                    self._records.note(command)
                 case EndBusRequest():
                     await self._end_bus_request(command)
                 case RunPrefill() | DropRequest() | ExpectKv():
