@@ -1,0 +1,131 @@
+"""The port by which the ranks of a group compute one sequence together. TCP (`collectives_tcp.py`) and an in-memory
+twin (`collectives_memory.py`) pass one contract suite.
+
+Rank 0 leads. It alone begins a pass and decides when it stops; the others, the *followers*, join what it has begun, so
+that no two ranks can disagree:
+
+    rank 0                               follower
+    begin, open_pass ── Announcement ──▶ called(announcement): the worker begins a pass of the same tokens
+                     ◀── joined ──────── begin, open_pass
+    send(step, stop) ──────────────────▶ receive(step) -> stop      once per step, before anything else of the step
+                     ◀─── tensors, any way ───▶
+    close_pass, end                      close_pass, end
+
+Followers are called one after another, each when the one before has joined. If all groups name their members in the
+same order of workers, no two groups that overlap can wait for each other in a circle.
+
+A link belongs to the event loop's thread, and between `begin` and `end` to the one thread that computes the pass. Its
+ranks are connected in pairs; what one sends another arrives in order. Sizes are known to both sides. Where anything
+is amiss (a peer is gone, silent for longer than the bound, at another step, of another opinion about sizes) the link
+is broken for good, and so, within milliseconds, are its peers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from common.messages.base import Record
+from common.messages.groups import Announcement, SequenceScheme
+from common.units import Attempt, RequestId
+from services.engine.interface import EngineError
+
+RANKS_MAX = 64
+
+
+class GroupBroken(EngineError):
+    """The group of this sequence is no more: a rank is gone, silent for too long, out of step, or gave up."""
+
+
+class GroupKey(Record, frozen=True, kw_only=True):
+    """Which group a connection is for."""
+
+    request_id: RequestId
+    attempt: Attempt
+
+
+class GroupLink(Protocol):
+    """One rank's connections to all others of its group. Everything but `abort` raises GroupBroken once it is broken;
+    `on_call`, `end`, `abort` and `close` never raise."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def on_call(self, callback: Callable[[Announcement], None]) -> None:
+        """Loop thread, follower: whom to tell that rank 0 has begun a pass. Never told of a second one before the
+        pass of the first has ended here."""
+        ...
+
+    def begin(self) -> None:
+        """Loop thread: from now on the link is the computing thread's."""
+        ...
+
+    def open_pass(self, announcement: Announcement) -> None:
+        """Rank 0: call the others. Follower: join the pass it was called to, which is this one."""
+        ...
+
+    def send(self, rank: int, step: int, parts: Sequence[memoryview] = (), *, stop: bool = False) -> None:
+        """Never waits: what the connection does not take now it takes while this rank waits in `receive` or
+        `close_pass`. The memory must not change before that."""
+        ...
+
+    def receive(self, rank: int, step: int, into: Sequence[memoryview] = ()) -> bool:
+        """Wait for the next message of that rank, into place. Returns its `stop`."""
+        ...
+
+    async def received(self, rank: int, step: int) -> bool:
+        """`receive` of a message without parts, for an engine that computes nothing and lives on the event loop."""
+        ...
+
+    def close_pass(self) -> None:
+        """Wait until everything sent is on its way."""
+        ...
+
+    def end(self) -> None:
+        """Loop thread: the pass ended here, well or badly; the link is the loop's again."""
+        ...
+
+    def abort(self) -> None:
+        """Any thread: break the link. Whoever waits in it raises GroupBroken within milliseconds, here and elsewhere."""
+        ...
+
+    def close(self) -> None:
+        """Loop thread, no pass under way: as `abort`, and let go of the connections. Idempotent."""
+        ...
+
+
+class GroupLinks(Protocol):
+    """A worker's door for groups, and its way to others'."""
+
+    @property
+    def address(self) -> str:
+        """host:port under which the other ranks reach this worker."""
+        ...
+
+    async def join(self, key: GroupKey, rank: int, addresses: Sequence[str]) -> GroupLink:
+        """Connect to every other rank of the group, of which `addresses` are the doors in rank order; all must join
+        within `join_s` of each other. Raises: GroupBroken."""
+        ...
+
+    async def close(self) -> None:
+        """End every connection and every attempt at one; links that were joined stay with who holds them."""
+        ...
+
+
+OnCalled = Callable[[RequestId, Announcement], None]
+"""A follower hears that rank 0 has begun a pass: it must run (step 0) or resume (above) that very segment soon, in a
+pass that may hold rows of its own beside it. On the event loop's thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupShare:
+    """This worker's part in the group that computes a sequence."""
+
+    rank: int
+    size: int
+    scheme: SequenceScheme
+    link: GroupLink
