@@ -43,6 +43,8 @@ class WorkerProfile(Record, frozen=True, kw_only=True):
     """Decode worker: sequences in one batch."""
     data_address: str
     """host:port of its data plane."""
+    group_address: str = ""
+    """host:port where the other ranks of a group reach it; empty: it serves longs alone."""
     step_cost: StepCost
 
 

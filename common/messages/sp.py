@@ -1,12 +1,14 @@
 """Long requests: scheduler ↔ SP coordinator ↔ prefill workers.
 
-A long request is served by a *group* of prefill workers, its ranks, each holding a segment of the
-prompt. (Issue A: a group has one rank and one segment; the messages already speak of many.)
+A long request is served by a *group* of prefill workers, its ranks, each holding a share of its KV. Rank 0 leads: it
+alone decides which pass comes next and when to stop, and calls the others (the followers) over the group's own
+connections. What is said here is what the scheduler and the coordinator need to know.
 """
 
 from __future__ import annotations
 
 from common.messages.base import Message, Record
+from common.messages.groups import SequenceScheme
 from common.messages.requests import FinishReason, RequestSpec
 from common.units import Attempt, RequestId, Seconds, Tokens, WorkerId
 
@@ -19,10 +21,13 @@ class FormGroup(Message, frozen=True, kw_only=True):
     spec: RequestSpec
     members: tuple[WorkerId, ...]
     """In rank order."""
+    addresses: tuple[str, ...] = ()
+    """`WorkerProfile.group_address` of each, in rank order; of a group of one, nothing."""
+    scheme: SequenceScheme = "ring"
 
 
 class PauseGroup(Message, frozen=True, kw_only=True):
-    """Stop the prefill at a step agreed by all ranks, keep its KV and its place."""
+    """Stop the prefill at the same step on all ranks, keep its KV and its place."""
 
     request_id: RequestId
     attempt: Attempt
@@ -119,10 +124,15 @@ class LoadSegment(Message, frozen=True, kw_only=True):
     rank: int
     members: tuple[WorkerId, ...]
     parts: tuple[SegmentPart, ...]
+    """What this rank must know of the prompt: all of it, since each chunk is dealt out over the ranks as it comes."""
+    addresses: tuple[str, ...] = ()
+    """Of all ranks, as in `FormGroup`."""
+    scheme: SequenceScheme = "ring"
 
 
 class RunSegment(Message, frozen=True, kw_only=True):
-    """Start, or resume at the step where it stopped. Answered by `SegmentRunning`; no step is run twice."""
+    """Start, or resume at the step where it stopped. Answered by `SegmentRunning`; no step is run twice. A follower
+    answers when no short stands between it and what rank 0 may call it to."""
 
     worker_id: WorkerId
     request_id: RequestId
@@ -130,12 +140,14 @@ class RunSegment(Message, frozen=True, kw_only=True):
 
 
 class PauseSegment(Message, frozen=True, kw_only=True):
-    """Begin no step after the agreed one. Answered by `SegmentPaused`, or by `SegmentPrefilled` if the
-    prefill ended first. Idempotent."""
+    """Begin no further step. Answered by `SegmentPaused`, or by `SegmentPrefilled` if the prefill ended first.
+    Idempotent."""
 
     worker_id: WorkerId
     request_id: RequestId
     attempt: Attempt
+    step: int | None = None
+    """To a follower: where rank 0 stands, and with it, by the exchange of that step, everybody."""
 
 
 class DropSegment(Message, frozen=True, kw_only=True):
@@ -175,7 +187,7 @@ class SegmentPaused(Message, frozen=True, kw_only=True):
 
 
 class SegmentPrefilled(Message, frozen=True, kw_only=True):
-    """This rank's share is done; on the rank that samples, the first token is out. Decode begins."""
+    """This rank's share is done; on rank 0, which samples, the first token is out. Decode begins."""
 
     worker_id: WorkerId
     request_id: RequestId

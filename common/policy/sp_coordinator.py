@@ -34,12 +34,14 @@ from common.messages.sp import (
     SegmentFailed,
     SegmentFinished,
     SegmentLoaded,
+    SegmentPart,
     SegmentPaused,
     SegmentPrefilled,
     SegmentRunning,
 )
 from common.policy.core import InvariantViolated, TimePassed
 from common.policy.sp_group import (
+    HOLDING_STILL,
     PREFILL_DONE,
     Group,
     GroupKey,
@@ -47,7 +49,7 @@ from common.policy.sp_group import (
     GroupState,
     Rank,
     RankPhase,
-    split_evenly,
+    why_not,
 )
 from common.policy.sp_io import (
     CoordinatorCommand,
@@ -185,7 +187,7 @@ class SpCoordinator:
         if newest is not None and newest > spec.attempt:
             self._note(spec.request_id, f"attempt {spec.attempt} ignored: {newest} is known")
             return
-        refusal = self._refusal(order)
+        refusal = "the SP coordinator stops" if self._stopping else why_not(order)
         if refusal:
             self._say(self._failed(key, refusal, retryable=self._stopping))
             return
@@ -199,9 +201,7 @@ class SpCoordinator:
         )
         self._groups[key] = group
         self._newest[spec.request_id] = spec.attempt
-        for number, (rank, parts) in enumerate(
-            zip(group.ranks, split_evenly(spec.prompt.tokens, len(group.ranks)), strict=True)
-        ):
+        for number, rank in enumerate(group.ranks):
             rank.asked_s = self._now_s
             self._say(
                 LoadSegment(
@@ -209,30 +209,23 @@ class SpCoordinator:
                     spec=spec,
                     rank=number,
                     members=order.members,
-                    parts=parts,
+                    parts=(SegmentPart(start=0, tokens=spec.prompt.tokens),),
+                    addresses=order.addresses,
+                    scheme=order.scheme,
                     cause=self._cause,
                     epoch=self._epoch,
                 )
             )
         self._settle(group)
 
-    def _refusal(self, order: FormGroup) -> str:
-        if self._stopping:
-            return "the SP coordinator stops"
-        if not order.members:
-            return "a group needs at least one member"
-        if len(set(order.members)) != len(order.members):
-            return f"a worker is named twice: {', '.join(order.members)}"
-        return ""
-
     def _pause(self, group: Group) -> None:
         match group.state:
             case G.PREFILLING | G.RESUMING:
                 group.wish_pause = True
                 self._move(group, G.PAUSING)
-                for rank in group.ranks:
-                    if rank.phase not in PREFILL_DONE:
-                        self._tell(group, rank, R.STOPPING, PauseSegment)
+                for rank in group.in_phase(R.STARTING):
+                    rank.phase = R.RUNNING  # it may run or not: rank 0 begins nothing more
+                self._tell(group, group.leader, R.STOPPING, PauseSegment)
             case G.FORMING | G.PAUSING:
                 group.wish_pause = True
             case _:
@@ -267,10 +260,11 @@ class SpCoordinator:
             return
         self._note(word.request_id, f"{name}/{word.attempt} from {word.worker_id}, which was {rank.phase}")
         match word:
-            case SegmentFailed():
-                self._rank_failed(group, rank, word)
+            case SegmentFailed(reason=reason, retryable=retryable):
+                self._rank_ended(group, rank, f"failed: {reason}", retryable=retryable)
             case SegmentDropped():
-                self._rank_dropped(group, rank)
+                # Unless asked, a rank drops only what somebody else (the scheduler) told it to drop.
+                self._rank_ended(group, rank, "dropped its segment", retryable=True)
             case _ if group.state is G.DISSOLVING:
                 return  # crossed with the order to drop it
             case SegmentLoaded():
@@ -281,20 +275,23 @@ class SpCoordinator:
                     rank.phase = R.RUNNING
             case SegmentPaused():
                 if rank.phase is R.STOPPING:
-                    rank.phase = R.PAUSED
-                    rank.step, rank.prefilled_tokens = word.step, word.prefilled_tokens
-                    rank.pause_latency_s = word.pause_latency_s
+                    rank.paused(word)
             case SegmentPrefilled():
-                if rank.phase not in PREFILL_DONE:
-                    rank.phase = R.PREFILLED
-                    rank.step, rank.compute_s, rank.finish_reason = word.steps, word.compute_s, word.finish_reason
-                    rank.generated = 1
+                self._rank_prefilled(group, rank, word)
             case SegmentFinished():
-                rank.phase = R.FINISHED
-                rank.generated, rank.finish_reason = word.generated, word.finish_reason
+                if rank is group.leader:
+                    rank.finished(word)
             case _:
                 assert_never(word)
         self._settle(group)
+
+    def _rank_prefilled(self, group: Group, rank: Rank, word: SegmentPrefilled) -> None:
+        if rank.phase in PREFILL_DONE or rank.phase is R.DROPPING:
+            return
+        if rank is not group.leader and rank.phase in HOLDING_STILL:
+            self._dissolve(group, f"{group.name(rank)} went on without rank 0", retryable=True)
+        else:
+            rank.prefilled(word)
 
     def _drop_stray(self, word: MemberWord) -> None:
         self._say(
@@ -307,18 +304,13 @@ class SpCoordinator:
             )
         )
 
-    def _rank_failed(self, group: Group, rank: Rank, word: SegmentFailed) -> None:
-        if rank.phase is R.FINISHED:
-            return
-        rank.phase = R.GONE
-        self._dissolve(group, f"{group.name(rank)} failed: {word.reason}", retryable=word.retryable)
-
-    def _rank_dropped(self, group: Group, rank: Rank) -> None:
-        if rank.phase is R.FINISHED:
-            return
-        rank.phase = R.GONE
-        # Unless asked, a rank drops only what somebody else (the scheduler) told it to drop.
-        self._dissolve(group, f"{group.name(rank)} dropped its segment", retryable=True)
+    def _rank_ended(self, group: Group, rank: Rank, how: str, *, retryable: bool) -> None:
+        """It holds nothing any more: as it should be, if the request has all its tokens."""
+        if group.state is G.FINISHING and rank.phase is R.DROPPING:
+            rank.phase = R.FINISHED
+        elif rank.phase is not R.FINISHED:
+            rank.phase = R.GONE
+            self._dissolve(group, f"{group.name(rank)} {how}", retryable=retryable)
 
     # --- what follows ----------------------------------------------------------------------------
 
@@ -342,16 +334,17 @@ class SpCoordinator:
             )
         if group.state is G.FINISHING:
             return group.all_in(R.FINISHED) and self._end(group, group.finished_word(self._cause))
+        leader = group.leader
         if group.state is G.DECODING:
-            over = any(rank.phase is R.FINISHED or rank.finish_reason is not None for rank in group.ranks)
+            over = leader.phase is R.FINISHED or leader.finish_reason is not None
             return over and self._finishing(group)
-        if group.all_in(*PREFILL_DONE):
-            self._move(group, G.DECODING)
-            self._say(group.prefill_finished_word(self._cause))
-            return True
+        if leader.phase in PREFILL_DONE:
+            return self._prefilled(group)
         if group.state is G.PAUSING:
-            return not group.in_phase(R.STOPPING) and self._stopped(group)
-        if group.state is G.RESUMING and not group.in_phase(R.STARTING):
+            return leader.phase is R.PAUSED and self._all_stand(group) and self._stopped(group)
+        if group.state in (G.PREFILLING, G.RESUMING) and leader.phase in HOLDING_STILL:
+            return not group.in_phase(R.STARTING) and self._lead(group)
+        if group.state is G.RESUMING and leader.phase is R.RUNNING:
             self._move(group, G.PREFILLING)
             self._say(group.resumed_word(self._cause))
             return True
@@ -366,17 +359,33 @@ class SpCoordinator:
         return self._run(group, G.PREFILLING)
 
     def _run(self, group: Group, state: GroupState) -> bool:
+        """The followers first; rank 0 when they all run (`_lead`)."""
         group.wish_pause = False
         self._move(group, state)
-        for rank in group.ranks:
-            if rank.phase not in PREFILL_DONE:
-                self._tell(group, rank, R.STARTING, RunSegment)
+        for rank in group.followers:
+            self._tell(group, rank, R.STARTING, RunSegment)
         return True
 
+    def _lead(self, group: Group) -> bool:
+        self._tell(group, group.leader, R.STARTING, RunSegment)
+        return True
+
+    def _prefilled(self, group: Group) -> bool:
+        for rank in group.followers:
+            rank.phase = R.PREFILLED
+        self._move(group, G.DECODING)
+        self._say(group.prefill_finished_word(self._cause))
+        return True
+
+    def _all_stand(self, group: Group) -> bool:
+        """Rank 0 does: ask the others."""
+        for rank in group.in_phase(R.RUNNING):
+            self._tell(group, rank, R.STOPPING, PauseSegment, step=group.leader.step)
+        return not group.in_phase(R.STOPPING)
+
     def _stopped(self, group: Group) -> bool:
-        steps = group.steps_paused_at()
-        if len(steps) > 1:
-            told = ", ".join(f"{group.name(rank)} at {rank.step}" for rank in group.in_phase(R.PAUSED))
+        if group.out_of_step():
+            told = ", ".join(f"{group.name(rank)} at {rank.step}" for rank in group.ranks)
             self._dissolve(group, f"the ranks stopped at different steps: {told}", retryable=True)
             return True
         # Said even if a resume was asked meanwhile: the pause happened, and is accounted for.
@@ -386,8 +395,9 @@ class SpCoordinator:
 
     def _finishing(self, group: Group) -> bool:
         self._move(group, G.FINISHING)
-        for rank in group.in_phase(R.PREFILLED):
-            rank.asked_s = self._now_s
+        group.leader.asked_s = self._now_s
+        for rank in group.followers:
+            self._tell(group, rank, R.DROPPING, DropSegment)
         return True
 
     def _dissolve(self, group: Group, reason: str, *, retryable: bool) -> None:
@@ -449,7 +459,12 @@ class SpCoordinator:
     # --- speaking --------------------------------------------------------------------------------
 
     def _tell(
-        self, group: Group, rank: Rank, phase: RankPhase, order: Callable[..., RunSegment | PauseSegment | DropSegment]
+        self,
+        group: Group,
+        rank: Rank,
+        phase: RankPhase,
+        order: Callable[..., RunSegment | PauseSegment | DropSegment],
+        **more: int,
     ) -> None:
         request_id, attempt = group.key
         rank.phase, rank.asked_s = phase, self._now_s
@@ -460,6 +475,7 @@ class SpCoordinator:
                 attempt=attempt,
                 cause=self._cause,
                 epoch=self._epoch,
+                **more,
             )
         )
 

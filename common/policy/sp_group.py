@@ -2,9 +2,14 @@
 
 The rules, in sentences:
 
-- A group is loaded when all its ranks are, runs again when all run, and is paused when all stand at the
-  *same* step; ranks that have prefilled their share have nothing left to stop. Different steps mean that
-  the ranks disagree about what is computed: the group fails and says so.
+- Rank 0 leads. It alone begins passes and stops them; the others, the followers, join what it has begun, and stop in
+  the very step in which it stops. So a group is paused through its leader: rank 0 is told, says at which step it
+  stands, and the followers are asked to confirm that they stand there too. Different steps mean that the ranks
+  disagree about what is computed: the group fails and says so.
+- A group is loaded when all its ranks are. It runs, at first and again, from the followers on: rank 0 is told when all
+  of them have said that they can join it, so that it does not wait in a pass for a rank that serves shorts.
+- Rank 0 ends the prefill, since it draws the first token, and ends the request, since it draws the last: whatever the
+  followers have said by then. They are then told to drop their share, which is their normal end.
 - The scheduler's last wish counts. A pause asked while the group forms or resumes, a resume asked while it
   pauses, are remembered and take effect at the first moment they can; an order overtaken by its opposite
   before it took effect is void. A pause that meets the end of the prefill is void too: `GroupPrefillFinished`
@@ -16,8 +21,8 @@ The rules, in sentences:
   here. A worker lost meanwhile is noticed by the scheduler, which hears the workers' heartbeats and dissolves the
   group. So that one lost message does not stop a group for ever, an unanswered `RunSegment` is repeated
   every `answer_s`; it is idempotent.
-- Once the first rank has finished, the request has all its tokens: the others have `answer_s` to follow, and
-  are told to drop what they hold if they do not.
+- Once rank 0 has drawn the last token, the request has all its tokens. What happens to the ranks after that (they
+  fail, are silent for `answer_s`) changes nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +31,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from common.messages.requests import FinishReason, RequestSpec
-from common.messages.sp import GroupFinished, GroupFormed, GroupPaused, GroupPrefillFinished, GroupResumed, SegmentPart
+from common.messages.sp import (
+    FormGroup,
+    GroupFinished,
+    GroupFormed,
+    GroupPaused,
+    GroupPrefillFinished,
+    GroupResumed,
+    SegmentFinished,
+    SegmentPaused,
+    SegmentPrefilled,
+)
 from common.policy.core import InvariantViolated
 from common.policy.story import Story
 from common.policy.transitions import Table, require_legal
@@ -88,7 +103,7 @@ R = RankPhase
 BOUNDED = frozenset({R.LOADING, R.STOPPING, R.DROPPING})
 """A rank in one of these owes an answer within `answer_s`."""
 
-HOLDING_STILL = frozenset({R.LOADED, R.PAUSED, R.PREFILLED, R.FINISHED})
+HOLDING_STILL = frozenset({R.LOADED, R.PAUSED})
 PREFILL_DONE = frozenset({R.PREFILLED, R.FINISHED})
 
 
@@ -106,6 +121,17 @@ class Rank:
     generated: int = 0
     asked_s: float = 0.0
     """When it was last asked for what it owes."""
+
+    def paused(self, word: SegmentPaused) -> None:
+        self.phase, self.step = R.PAUSED, word.step
+        self.prefilled_tokens, self.pause_latency_s = word.prefilled_tokens, word.pause_latency_s
+
+    def prefilled(self, word: SegmentPrefilled) -> None:
+        self.phase, self.step, self.compute_s = R.PREFILLED, word.steps, word.compute_s
+        self.generated, self.finish_reason = 1, word.finish_reason
+
+    def finished(self, word: SegmentFinished) -> None:
+        self.phase, self.generated, self.finish_reason = R.FINISHED, word.generated, word.finish_reason
 
 
 @dataclass(slots=True, eq=False)
@@ -129,6 +155,14 @@ class Group:
     def members(self) -> tuple[WorkerId, ...]:
         return tuple(rank.worker_id for rank in self.ranks)
 
+    @property
+    def leader(self) -> Rank:
+        return self.ranks[0]
+
+    @property
+    def followers(self) -> tuple[Rank, ...]:
+        return self.ranks[1:]
+
     def rank_of(self, worker_id: WorkerId) -> Rank | None:
         return next((rank for rank in self.ranks if rank.worker_id == worker_id), None)
 
@@ -147,8 +181,10 @@ class Group:
         require_legal(TRANSITIONS, self.state, target, who=f"group {request_id}/{attempt}", story=self.story)
         self.state = target
 
-    def steps_paused_at(self) -> set[int]:
-        return {rank.step for rank in self.ranks if rank.phase in (R.LOADED, R.PAUSED)}
+    def out_of_step(self) -> list[Rank]:
+        """Of a group that stands: the followers that do not stand where rank 0 does."""
+        here = self.leader.step
+        return [rank for rank in self.followers if rank.phase not in HOLDING_STILL or rank.step != here]
 
     def owes(self, rank: Rank) -> bool:
         """Whether this rank must answer within the bound."""
@@ -182,8 +218,8 @@ class Group:
         return GroupPaused(
             request_id=request_id,
             attempt=attempt,
-            step=max(rank.step for rank in self.ranks),
-            prefilled_tokens=sum(rank.prefilled_tokens for rank in self.ranks),
+            step=self.leader.step,
+            prefilled_tokens=self.leader.prefilled_tokens,
             pause_latency_s=max(rank.pause_latency_s for rank in self.ranks),
             cause=cause,
         )
@@ -194,36 +230,38 @@ class Group:
             request_id=request_id,
             attempt=attempt,
             compute_s=max(rank.compute_s for rank in self.ranks),
-            finish_reason=self._finish_reason(),
+            finish_reason=self.leader.finish_reason,
             cause=cause,
         )
 
     def finished_word(self, cause: str) -> GroupFinished:
         request_id, attempt = self.key
-        reason = self._finish_reason()
+        reason = self.leader.finish_reason
         assert reason is not None, "a group finishes by a rank that said why"
         return GroupFinished(
             request_id=request_id,
             attempt=attempt,
             finish_reason=reason,
-            generated=max(rank.generated for rank in self.ranks),
+            generated=self.leader.generated,
             cause=cause,
         )
-
-    def _finish_reason(self) -> FinishReason | None:
-        return next((rank.finish_reason for rank in self.ranks if rank.finish_reason is not None), None)
 
     def check(self) -> None:
         """Raises: InvariantViolated."""
         self._require(bool(self.ranks), "has no rank")
         self._require(self.state is not G.GONE, "is gone and still kept")
-        phases = {rank.phase for rank in self.ranks}
-        allowed = ALLOWED_PHASES[self.state]
-        self._require(phases <= allowed, f"is {self.state} with ranks {sorted(phases)}")
+        followers = {rank.phase for rank in self.followers}
+        phases = {self.leader.phase} | followers
+        self._require(
+            self.leader.phase in LEADER_PHASES[self.state] and followers <= FOLLOWER_PHASES[self.state],
+            f"is {self.state} with ranks {', '.join(rank.phase for rank in self.ranks)}",
+        )
         waited_for = AWAITED.get(self.state)
         self._require(waited_for is None or bool(phases & waited_for), f"is {self.state} and nobody owes it an answer")
+        if self.state in (G.PREFILLING, G.RESUMING) and self.leader.phase not in HOLDING_STILL:
+            self._require(R.STARTING not in followers, "is led before its followers run")
         if self.state is G.PAUSED:
-            self._require(len(self.steps_paused_at()) <= 1, "is paused at different steps")
+            self._require(not self.out_of_step(), "is paused at different steps")
             self._require(self.wish_pause, "is paused though nobody wishes it")
 
     def _require(self, holds: bool, what: str) -> None:
@@ -232,36 +270,51 @@ class Group:
             raise InvariantViolated.told(f"group {request_id}/{attempt} {what}", self.story())
 
 
-ALLOWED_PHASES: dict[GroupState, frozenset[RankPhase]] = {
+_DROPPED = frozenset({R.DROPPING, R.GONE})
+
+LEADER_PHASES: dict[GroupState, frozenset[RankPhase]] = {
     G.FORMING: frozenset({R.LOADING, R.LOADED}),
-    G.PREFILLING: frozenset({R.STARTING, R.RUNNING, R.PREFILLED, R.FINISHED}),
-    G.PAUSING: frozenset({R.STOPPING, R.PAUSED, R.PREFILLED, R.FINISHED}),
+    G.PREFILLING: frozenset({R.LOADED, R.STARTING, R.RUNNING}),
+    G.PAUSING: frozenset({R.STOPPING, R.PAUSED}),
     G.PAUSED: HOLDING_STILL,
-    G.RESUMING: frozenset({R.STARTING, R.RUNNING, R.PREFILLED, R.FINISHED}),
+    G.RESUMING: frozenset({R.LOADED, R.PAUSED, R.STARTING}),
     G.DECODING: frozenset({R.PREFILLED}),
     G.FINISHING: PREFILL_DONE,
-    G.DISSOLVING: frozenset({R.DROPPING, R.GONE}),
+    G.DISSOLVING: _DROPPED,
     G.GONE: frozenset(),
 }
+"""LOADED or PAUSED while the group starts or resumes: its followers do not all run yet."""
+
+FOLLOWER_PHASES: dict[GroupState, frozenset[RankPhase]] = {
+    G.FORMING: frozenset({R.LOADING, R.LOADED}),
+    G.PREFILLING: frozenset({R.STARTING, R.RUNNING, R.PREFILLED}),
+    G.PAUSING: frozenset({R.RUNNING, R.STOPPING, R.PAUSED, R.PREFILLED}),
+    G.PAUSED: HOLDING_STILL,
+    G.RESUMING: frozenset({R.STARTING, R.RUNNING, R.PREFILLED}),
+    G.DECODING: frozenset({R.PREFILLED}),
+    G.FINISHING: frozenset({R.DROPPING, R.FINISHED}),
+    G.DISSOLVING: _DROPPED,
+    G.GONE: frozenset(),
+}
+"""PREFILLED before rank 0 has said so: its share of the last pass was done sooner."""
 
 AWAITED: dict[GroupState, frozenset[RankPhase]] = {
     G.FORMING: frozenset({R.LOADING}),
     G.PREFILLING: frozenset({R.STARTING, R.RUNNING}),
     G.PAUSING: frozenset({R.STOPPING}),
     G.RESUMING: frozenset({R.STARTING}),
-    G.FINISHING: frozenset({R.PREFILLED}),
+    G.FINISHING: frozenset({R.PREFILLED, R.DROPPING}),
     G.DISSOLVING: frozenset({R.DROPPING}),
 }
 """In each of these states at least one rank is in one of these phases: no group waits for nobody."""
 
 
-def split_evenly(tokens: int, ranks: int) -> list[tuple[SegmentPart, ...]]:
-    """A contiguous share of the prompt for each rank; the first ones take the remainder. A rank without
-    tokens has no part."""
-    shares: list[tuple[SegmentPart, ...]] = []
-    start = 0
-    for rank in range(ranks):
-        share = tokens // ranks + (1 if rank < tokens % ranks else 0)
-        shares.append((SegmentPart(start=start, tokens=share),) if share else ())
-        start += share
-    return shares
+def why_not(order: FormGroup) -> str:
+    """Why no such group can be; empty: it can."""
+    if not order.members:
+        return "a group needs at least one member"
+    if len(set(order.members)) != len(order.members):
+        return f"a worker is named twice: {', '.join(order.members)}"
+    if len(order.members) > 1 and not (len(order.addresses) == len(order.members) and all(order.addresses)):
+        return f"{len(order.members)} ranks, addresses {order.addresses}: each rank must be reached by the others"
+    return ""

@@ -33,10 +33,15 @@ from common.messages.sp import (
 )
 from common.policy.core import InvariantViolated, TimePassed
 from common.policy.sp_coordinator import ENDINGS_KEPT, SpCoordinator
-from common.policy.sp_group import TRANSITIONS, Group, GroupState, Rank, split_evenly
+from common.policy.sp_group import TRANSITIONS, Group, GroupState, Rank
 from common.policy.sp_io import StopAsked
 
 ANSWER_S = 5.0
+
+
+def form(spec, members, **more):
+    addresses = tuple(f"{member}:1" for member in members) if len(members) > 1 else ()
+    return FormGroup(spec=spec, members=members, addresses=addresses, **more)
 
 
 def spec(request_id="r", attempt=0, tokens=7_000):
@@ -68,7 +73,7 @@ class Scene:
 
     def order(self, kind, epoch=0):
         if kind is FormGroup:
-            return self.tell(FormGroup(spec=spec(self.request_id, self.attempt), members=self.members, epoch=epoch))
+            return self.tell(form(spec(self.request_id, self.attempt), self.members, epoch=epoch))
         return self.tell(kind(**self.ids, epoch=epoch))
 
     def word(self, kind, rank=0, **fields):
@@ -81,9 +86,19 @@ class Scene:
         return self.tell(kind(worker_id=self.members[rank], **self.ids, **{**needed, **fields}))
 
     def words(self, kind, **fields):
-        out = []
-        for rank in range(len(self.members)):
-            out += self.word(kind, rank, **fields)
+        """Of all ranks, in the order in which they come: of a start, the followers' first."""
+        ranks = range(len(self.members))
+        return [
+            said
+            for rank in (reversed(ranks) if kind is SegmentRunning else ranks)
+            for said in self.word(kind, rank, **fields)
+        ]
+
+    def finished(self, **fields):
+        """Rank 0 has drawn the last token; the others follow."""
+        out = self.word(SegmentFinished, 0, **fields)
+        for rank in range(1, len(self.members)):
+            out += self.word(SegmentDropped, rank)
         return out
 
     def pass_time(self, seconds):
@@ -127,23 +142,31 @@ def kinds(commands):
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_life_of_a_group_with_a_pause(ranks):
     scene = Scene(ranks)
+    followers = list(scene.members[1:])
     loads = scene.order(FormGroup)
     assert kinds(loads) == [LoadSegment] * ranks
-    assert sum(part.tokens for load in loads for part in load.parts) == 7_000
+    assert [(part.start, part.tokens) for load in loads for part in load.parts] == [(0, 7_000)] * ranks
     assert [load.worker_id for load in loads] == list(scene.members)
-    formed = scene.words(SegmentLoaded)
-    assert kinds(formed) == [GroupFormed] + [RunSegment] * ranks
-    assert scene.words(SegmentRunning) == []
-    assert kinds(scene.order(PauseGroup)) == [PauseSegment] * ranks
-    (paused,) = scene.words(SegmentPaused, step=17)
+    assert all(len(load.addresses) == (ranks if ranks > 1 else 0) for load in loads)
+    formed, *runs = scene.words(SegmentLoaded)
+    assert type(formed) is GroupFormed
+    assert [run.worker_id for run in runs] == (followers or ["w0"]), "the followers first"
+    runs = scene.words(SegmentRunning)
+    assert [run.worker_id for run in runs] == (["w0"] if followers else [])
+    (pause,) = scene.order(PauseGroup)
+    assert (type(pause), pause.worker_id, pause.step) == (PauseSegment, "w0", None), "by way of rank 0"
+    *pauses, paused = scene.words(SegmentPaused, step=17)
+    assert [(type(told), told.worker_id, told.step) for told in pauses] == [(PauseSegment, w, 17) for w in followers]
     assert (type(paused), paused.step, paused.pause_latency_s) == (GroupPaused, 17, 0.01)
-    assert kinds(scene.order(ResumeGroup)) == [RunSegment] * ranks
-    assert kinds(scene.words(SegmentRunning)) == [GroupResumed]
+    assert paused.prefilled_tokens == 512, "all ranks count the whole group's tokens"
+    assert [run.worker_id for run in scene.order(ResumeGroup)] == (followers or ["w0"])
+    assert kinds(scene.words(SegmentRunning)) == [RunSegment, GroupResumed][0 if followers else 1 :]
     (finished,) = scene.words(SegmentPrefilled)
     assert type(finished) is GroupPrefillFinished
     assert finished.compute_s == 2.0
     assert scene.core.driving() == (("r", 0),)
-    (end,) = scene.words(SegmentFinished)
+    *drops, end = scene.finished()
+    assert [(type(drop), drop.worker_id) for drop in drops] == [(DropSegment, w) for w in followers]
     assert (type(end), end.generated, end.finish_reason) == (GroupFinished, 16, "length")
     assert scene.core.driving() == ()
     assert scene.core.next_deadline_s() is None
@@ -177,7 +200,7 @@ def test_pause_while_forming_is_remembered_and_needs_no_step():
     assert scene.order(PauseGroup) == []
     formed, paused = scene.words(SegmentLoaded)
     assert (type(formed), type(paused), paused.step) == (GroupFormed, GroupPaused, 0)
-    assert kinds(scene.order(ResumeGroup)) == [RunSegment, RunSegment]
+    assert [run.worker_id for run in scene.order(ResumeGroup) + scene.words(SegmentRunning)[:1]] == ["w1", "w0"]
 
 
 def test_pause_and_resume_while_forming_leave_no_trace():
@@ -192,21 +215,48 @@ def test_resume_before_paused_is_reached_takes_effect_there():
     scene = Scene(2).prefilling()
     scene.order(PauseGroup)
     assert scene.order(ResumeGroup) == []
-    assert scene.word(SegmentPaused, 0) == []
-    assert kinds(scene.word(SegmentPaused, 1)) == [GroupPaused, RunSegment, RunSegment]
-    assert kinds(scene.words(SegmentRunning)) == [GroupResumed]
+    assert kinds(scene.word(SegmentPaused, 0)) == [PauseSegment]
+    assert kinds(scene.word(SegmentPaused, 1)) == [GroupPaused, RunSegment]
+    assert kinds(scene.words(SegmentRunning)) == [RunSegment, GroupResumed]
 
 
 def test_pause_while_resuming_goes_out_at_once():
-    scene = Scene(2).paused()
+    scene = Scene(3).paused()
     scene.order(ResumeGroup)
-    scene.word(SegmentRunning, 0)
-    assert kinds(scene.order(PauseGroup)) == [PauseSegment, PauseSegment]
-    assert scene.word(SegmentRunning, 1) == []
-    assert kinds(scene.words(SegmentPaused, step=12)) == [GroupPaused]
+    scene.word(SegmentRunning, 1)
+    (pause,) = scene.order(PauseGroup)
+    assert (pause.worker_id, pause.step) == ("w0", None), "though it was not told to run yet"
+    assert scene.word(SegmentRunning, 2) == [], "rank 0 is not told to run any more"
+    assert kinds(scene.words(SegmentPaused, step=12)) == [PauseSegment, PauseSegment, GroupPaused]
 
 
 def test_different_steps_fail_the_group_and_name_the_ranks():
+    scene = Scene(3).prefilling()
+    scene.order(PauseGroup)
+    scene.word(SegmentPaused, 0, step=4)
+    scene.word(SegmentPaused, 1, step=4)
+    assert kinds(scene.word(SegmentPaused, 2, step=5)) == [DropSegment] * 3
+    scene.word(SegmentFailed, 1)
+    scene.word(SegmentDropped, 0)
+    (failed,) = scene.word(SegmentDropped, 2)
+    assert "different steps" in failed.reason
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_follower_that_prefilled_while_rank_0_stands_is_out_of_step(when):
+    scene = Scene(2).prefilling()
+    if when == "before":
+        scene.word(SegmentPrefilled, 1)
+        scene.order(PauseGroup)
+        assert kinds(scene.word(SegmentPaused, 0)) == [DropSegment] * 2
+    else:
+        scene.order(PauseGroup)
+        scene.words(SegmentPaused)
+        assert kinds(scene.word(SegmentPrefilled, 1)) == [DropSegment] * 2
+    assert scene.state is GroupState.DISSOLVING
+
+
+def test_the_step_at_which_ranks_stopped_is_told():
     scene = Scene(3).prefilling()
     scene.order(PauseGroup)
     scene.word(SegmentPaused, 0, step=4)
@@ -218,14 +268,25 @@ def test_different_steps_fail_the_group_and_name_the_ranks():
     assert "w2" in failed.reason
 
 
-def test_a_rank_that_has_prefilled_its_share_need_not_stop():
-    scene = Scene(2).prefilling()
-    scene.word(SegmentPrefilled, 0)
-    assert kinds(scene.order(PauseGroup)) == [PauseSegment]
-    assert kinds(scene.word(SegmentPaused, 1, step=89)) == [GroupPaused]
-    assert [command.worker_id for command in scene.order(ResumeGroup)] == ["w1"]
-    assert kinds(scene.word(SegmentRunning, 1)) == [GroupResumed]
-    assert kinds(scene.word(SegmentPrefilled, 1)) == [GroupPrefillFinished]
+@pytest.mark.parametrize("state", ["prefilling", "pausing", "followers pausing", "resuming"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_rank_0_ends_the_prefill_whatever_the_followers_say(state, first):
+    scene = Scene(3).paused() if state == "resuming" else Scene(3).prefilling()
+    match state:
+        case "pausing":
+            scene.order(PauseGroup)
+        case "resuming":
+            scene.order(ResumeGroup)
+            scene.words(SegmentRunning)
+        case "followers pausing" if first == 0:
+            scene.order(PauseGroup)
+            scene.word(SegmentPaused, 0)
+    if first == 1:
+        assert scene.word(SegmentPrefilled, 1) == []
+    assert kinds(scene.word(SegmentPrefilled, 0)) == [GroupPrefillFinished]
+    assert scene.word(SegmentPaused, 2) == []
+    assert scene.word(SegmentPrefilled, 1) == []
+    assert kinds(scene.finished()) == [DropSegment, DropSegment, GroupFinished]
 
 
 def test_first_token_that_is_the_last():
@@ -239,9 +300,17 @@ def test_first_token_that_is_the_last():
 
 def test_a_rank_that_does_not_follow_at_the_end_is_told_to_drop():
     scene = Scene(2).decoding()
-    assert scene.word(SegmentFinished, 0) == []
+    assert kinds(scene.word(SegmentFinished, 0)) == [DropSegment]
     drop, end = scene.pass_time(ANSWER_S)
     assert (type(drop), drop.worker_id, type(end), end.generated) == (DropSegment, "w1", GroupFinished, 16)
+
+
+def test_a_follower_that_fails_after_the_last_token_changes_nothing():
+    scene = Scene(3).decoding()
+    assert kinds(scene.word(SegmentFinished, 0)) == [DropSegment, DropSegment]
+    assert scene.word(SegmentFailed, 1) == []
+    assert scene.word(SegmentPrefilled, 2) == [], "said long ago"
+    assert kinds(scene.word(SegmentDropped, 2)) == [GroupFinished]
 
 
 @pytest.mark.parametrize("state", ["forming", "prefilling", "pausing", "paused", "resuming", "decoding"])
@@ -341,7 +410,7 @@ def test_higher_attempt_supersedes_and_its_members_hear_the_drop_first():
     second = Scene(2, attempt=1, core=first.core)
     assert kinds(second.order(FormGroup)) == [DropSegment, DropSegment, LoadSegment, LoadSegment]
     assert kinds(first.words(SegmentDropped)) == [GroupFailed]
-    assert kinds(second.words(SegmentLoaded)) == [GroupFormed, RunSegment, RunSegment]
+    assert kinds(second.words(SegmentLoaded)) == [GroupFormed, RunSegment]
     # The older attempt is over, whoever asks.
     assert kinds(first.order(FormGroup)) == [GroupFailed]
     assert kinds(first.order(PauseGroup)) == [GroupFailed]
@@ -394,10 +463,19 @@ def test_a_former_coordinators_segment_is_dropped():
     assert scene.word(SegmentFailed) == []
 
 
-@pytest.mark.parametrize("members", [(), ("w0", "w0")])
-def test_a_group_that_cannot_be_is_refused(members):
+@pytest.mark.parametrize(
+    ("members", "addresses"),
+    [
+        ((), ()),
+        (("w0", "w0"), ("a:1", "b:1")),
+        (("w0", "w1"), ()),
+        (("w0", "w1"), ("a:1", "")),
+        (("w0",) * 2, ("a:1",)),
+    ],
+)
+def test_a_group_that_cannot_be_is_refused(members, addresses):
     core = SpCoordinator(ANSWER_S)
-    (failed,) = core.handle(FormGroup(spec=spec(), members=members), 0.0)
+    (failed,) = core.handle(FormGroup(spec=spec(), members=members, addresses=addresses), 0.0)
     assert type(failed) is GroupFailed
     assert not failed.retryable
     assert core.driving() == ()
@@ -446,19 +524,12 @@ def test_every_state_is_reachable_and_leads_to_the_end():
     )
 
 
-@pytest.mark.parametrize(("tokens", "ranks"), [(7_000, 1), (10, 3), (2, 3)])
-def test_parts_cover_the_prompt_once(tokens, ranks):
-    parts = [part for share in split_evenly(tokens, ranks) for part in share]
-    assert [part.start for part in parts] == [sum(p.tokens for p in parts[:n]) for n in range(len(parts))]
-    assert sum(part.tokens for part in parts) == tokens
-
-
 # --- random schedules ------------------------------------------------------------------------------
 
 
 class Member:
-    """A worker that does as told, answers late, and may die. Its steps follow those of its group, as they
-    would by the ring's vote."""
+    """A worker that does as told, answers late, and may die. It is at the step of its group: rank 0's, whom the
+    others follow within the step."""
 
     def __init__(self, worker_id):
         self.worker_id = worker_id
@@ -492,7 +563,7 @@ class Member:
 
 
 REQUESTS = ["a", "b"]
-WORKERS = ["w0", "w1", "w2"]
+WORKERS = ["w0", "w1", "w2", "w3"]
 
 
 class CoordinatorMachine(RuleBasedStateMachine):
@@ -515,15 +586,38 @@ class CoordinatorMachine(RuleBasedStateMachine):
         for command in self.core.handle(event, self.now_s):
             if isinstance(command, LoadSegment | RunSegment | PauseSegment | DropSegment):
                 self.members[command.worker_id].inbox.append(command)
+                if isinstance(command, RunSegment):
+                    self.require_followers_first(command)
                 continue
             key = (command.request_id, command.attempt)
+            if isinstance(command, GroupPaused):
+                self.require_still(key)
             if isinstance(command, GroupFinished | GroupFailed):
                 before = self.endings.setdefault(key, command)
                 assert type(before) is type(command)
             if not isinstance(command, GroupFormed | GroupResumed):
                 self.open_pauses.pop(key, None)
 
-    @rule(request_id=st.sampled_from(REQUESTS), ranks=st.integers(1, 3))
+    def require_followers_first(self, order):
+        key = (order.request_id, order.attempt)
+        leader, *followers = (self.members[name] for name in self.formed_with[key])
+        if order.worker_id == leader.worker_id:
+            for member in followers:
+                assert not member.alive or member.held[key] in ("running", "decoding"), "rank 0 runs alone"
+
+    def require_still(self, key):
+        for member in (self.members[name] for name in self.formed_with[key]):
+            assert not member.alive or member.held[key] in ("loaded", "paused", "decoding"), "a rank goes on"
+
+    @rule(request_id=st.sampled_from(REQUESTS))
+    def advance(self, request_id):
+        """A step, for which all ranks are needed."""
+        key = (request_id, self.attempts[request_id])
+        ranks = [self.members[name] for name in self.formed_with.get(key, ())]
+        if ranks and all(member.held.get(key) == "running" for member in ranks):
+            self.steps[key] = self.steps.get(key, 0) + 1
+
+    @rule(request_id=st.sampled_from(REQUESTS), ranks=st.integers(1, 4))
     def form(self, request_id, ranks):
         if sum(1 for key in self.core.driving() if key[0] == request_id) > 2:
             return
@@ -531,7 +625,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
         key = (request_id, self.attempts[request_id])
         members = tuple(WORKERS[:ranks])
         self.formed_with[key] = members
-        self.feed(FormGroup(spec=spec(*key), members=members))
+        self.feed(form(spec(*key), members))
 
     @rule(request_id=st.sampled_from(REQUESTS), kind=st.sampled_from([PauseGroup, ResumeGroup, PauseGroup]))
     def order(self, request_id, kind):
@@ -580,17 +674,13 @@ class CoordinatorMachine(RuleBasedStateMachine):
         key = (request_id, self.attempts[request_id])
         ranks = [self.members[name] for name in self.formed_with.get(key, ())]
         if ranks and all(member.held.get(key) == "decoding" and member.alive for member in ranks):
-            for member in ranks:
-                del member.held[key]
-                self.outbox[member.worker_id].append(
-                    SegmentFinished(
-                        worker_id=member.worker_id,
-                        request_id=key[0],
-                        attempt=key[1],
-                        finish_reason="length",
-                        generated=16,
-                    )
+            leader = ranks[0]
+            del leader.held[key]
+            self.outbox[leader.worker_id].append(
+                SegmentFinished(
+                    worker_id=leader.worker_id, request_id=key[0], attempt=key[1], finish_reason="length", generated=16
                 )
+            )
 
     @rule(worker=st.sampled_from(WORKERS))
     def die(self, worker):
