@@ -8,8 +8,7 @@ from common.units import WorkerId
 
 
 class RequestRecord(Record, frozen=True, kw_only=True):
-    """An accepted request. Written by the scheduler before the orders that depend on it are sent, deleted
-    when it ends."""
+    """An accepted request. Written behind the scheduler's orders, none of which depends on it; deleted when it ends."""
 
     spec: RequestSpec
     length_class: LengthClass

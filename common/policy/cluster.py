@@ -259,7 +259,7 @@ class Cluster:
         if worker.is_vacant:
             self.room_changes += self.vacant.add(worker_id, worker.profile.node)
         else:
-            self.room_changes += self.vacant.discard(worker_id)
+            self.vacant.discard(worker_id)
 
     def _home_of(self, replica: Replica) -> LoadIndex:
         if replica.long is not None:
@@ -309,12 +309,12 @@ class Cluster:
         worker = self.worker(worker_id)
         if worker is None:
             return False
-        request = self.requests.get(key[0])
-        self.room_changes += request is None or request.is_long
         reservation = worker.held.pop(key, None)
         if reservation is not None:
             worker.kv_reserved -= reservation.tokens
         if isinstance(worker, Replica):
+            request = self.requests.get(key[0])
+            self.room_changes += request is None or request.is_long
             if key not in worker.queued and key not in worker.resident:
                 return reservation is not None
             worker.queued_tokens -= worker.queued.pop(key, 0)

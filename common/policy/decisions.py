@@ -7,15 +7,15 @@ at a time; it applies each to the `Cluster` before it asks for the next.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from common.policy.cluster import Cluster, Request
 from common.units import RequestId, WorkerId
 
 
-@dataclass(frozen=True, slots=True)
-class PlaceShort:
+class PlaceShort(msgspec.Struct, frozen=True):
     """Prefill here, decode there; `pause`: the long that prefills here must stop first."""
 
     request: Request
@@ -25,19 +25,16 @@ class PlaceShort:
     pause: RequestId | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PlaceLong:
+class PlaceLong(msgspec.Struct, frozen=True):
     request: Request
     members: tuple[WorkerId, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class PauseLong:
+class PauseLong(msgspec.Struct, frozen=True):
     request: Request
 
 
-@dataclass(frozen=True, slots=True)
-class ResumeLong:
+class ResumeLong(msgspec.Struct, frozen=True):
     request: Request
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,6 +33,8 @@ class Leases:
         self._started = False
         self._wake: Timers[Role] = Timers()
         self.routers: set[RouterId] = set()
+        self._spoke_s: dict[RouterId, float] = {}
+        """Last word of a router since its timer was set."""
         self._coordinator: tuple[CoordinatorId, str] | None = None
 
     def started(self, now_s: float) -> None:
@@ -60,6 +63,8 @@ class Leases:
 
     def missing_role(self, now_s: float, *, is_long: bool) -> Role | None:
         """A role such a request needs and that nobody has filled for too long."""
+        if not self._missing_since:
+            return None
         second: Role = "SP coordinator" if is_long else "decode worker"
         needed: tuple[Role, ...] = ("prefill worker", second)
         if not is_long and not self._config.disaggregation:
@@ -82,8 +87,16 @@ class Leases:
         self.routers.add(router_id)
         self._leases.at(now_s + self._config.lease_s, ("router", router_id))
 
+    def router_spoke(self, router_id: RouterId, now_s: float) -> None:
+        """As `router_heard`, for what comes often: the timer of a known router is moved only when it has come."""
+        if router_id in self.routers:
+            self._spoke_s[router_id] = now_s
+        else:
+            self.router_heard(router_id, now_s)
+
     def router_gone(self, router_id: RouterId) -> None:
         self.routers.discard(router_id)
+        self._spoke_s.pop(router_id, None)
         self._leases.drop(("router", router_id))
 
     def coordinator_heard(self, coordinator_id: CoordinatorId, incarnation: str, now_s: float) -> bool:
@@ -107,7 +120,11 @@ class Leases:
             if kind == "worker":
                 lost.workers.append(WorkerId(name))
             elif kind == "router":
-                lost.routers.append(RouterId(name))
+                until_s = self._spoke_s.pop(RouterId(name), -math.inf) + self._config.lease_s
+                if until_s > now_s:
+                    self._leases.at(until_s, (kind, name))
+                else:
+                    lost.routers.append(RouterId(name))
             else:
                 self._coordinator = None
                 lost.coordinator = True

@@ -23,7 +23,7 @@ from common.policy.core import require
 from common.policy.decisions import SchedulingPolicy
 from common.policy.fifo import FifoPolicy
 from common.policy.invariants import check_books
-from common.policy.lifecycle import IN_GROUP, STANDING_LONG, RequestState, table_of
+from common.policy.lifecycle import IN_GROUP, LONG_TRANSITIONS, SHORT_TRANSITIONS, STANDING_LONG, RequestState
 from common.policy.long_planner import LongPlanner, SingleReplicaPlanner
 from common.policy.pecsched import PecSchedPolicy
 from common.policy.priority import PriorityPolicy
@@ -74,6 +74,8 @@ class Ledger:
         self.awaiting: Timers[RequestId] = Timers()
         """Interrupted requests and when their routers must have answered."""
         self.out: list[SchedulerCommand] = []
+        self._unsaved: dict[RequestId, Request] = {}
+        """Requests whose records are out of date."""
         self.now_s = 0.0
         self.cause = ""
 
@@ -93,18 +95,20 @@ class Ledger:
         self.stories.note(request_id, self.now_s, self.cause, what)
 
     def move(self, request: Request, state: RequestState) -> None:
-        name = request.request_id
-        table = table_of(long=request.is_long)
-        require_legal(table, request.state, state, who=name, story=partial(self.stories.tell, name))
-        index_changes = (request.state in STANDING_LONG) != (state in STANDING_LONG)
+        long, former = request.is_long, request.state
+        table = LONG_TRANSITIONS if long else SHORT_TRANSITIONS
+        if state not in table[former]:
+            require_legal(
+                table, former, state, who=request.request_id, story=partial(self.stories.tell, request.request_id)
+            )
         request.state = state
         request.state_since_s = self.now_s
-        if request.is_long:
+        if long:
             if state in IN_GROUP:
                 self.grouped[request.request_id] = request
             else:
                 self.grouped.pop(request.request_id, None)
-            if index_changes:
+            if (former in STANDING_LONG) != (state in STANDING_LONG):
                 self.cluster.group_moved(request.request_id, stands=state in STANDING_LONG)
             self.policy.long_changed(request)
 
@@ -177,6 +181,7 @@ class Ledger:
         self.counters[how] += 1
         self.counters[f"{how}_{request.length_class}"] += 1
         self.note(request_id, how)
+        self._unsaved.pop(request_id, None)
         self.out.append(ForgetRequest(request_id=request_id))
 
     def fail(self, request: Request, message: str, retryable: bool, *, withdraw: bool = True) -> None:
@@ -218,15 +223,25 @@ class Ledger:
 
     # --- out -------------------------------------------------------------------------------------
 
+    def take_out(self) -> list[SchedulerCommand]:
+        """All that gathered, and the records that are out of date."""
+        out, self.out = self.out, []
+        if self._unsaved:
+            out += [SaveRequest(record=self._record_of(request)) for request in self._unsaved.values()]
+            self._unsaved.clear()
+        return out
+
     def save(self, request: Request) -> None:
-        record = RequestRecord(
+        self._unsaved[request.request_id] = request
+
+    def _record_of(self, request: Request) -> RequestRecord:
+        return RequestRecord(
             spec=request.spec,
             length_class=request.length_class,
             state=request.state.value,
             workers=request.workers,
             epoch=self.epoch,
         )
-        self.out.append(SaveRequest(record=record))
 
     def emit(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from common.messages.cluster import CoordinatorHeartbeat, RouterHeartbeat, WorkerHeartbeat, WorkerLeft, WorkerProfile
@@ -26,6 +27,10 @@ class Membership:
         self._leases = Leases(ledger.config)
         self._capacity_due_s: float | None = None
         """Workers came or went: when what waits must fit those that are there."""
+        self._quiet_until_s = -math.inf
+        """Before this no deadline can come: none of those known, and none set since, each of which lies `_term_s` or
+        more after the event that set it."""
+        self._term_s = min(self._config.lease_s, self._config.no_worker_s)
 
     def begin(self) -> None:
         """Before each event."""
@@ -38,15 +43,19 @@ class Membership:
     def routers(self) -> Sequence[RouterId]:
         return sorted(self._leases.routers)
 
-    def router_heard(self, router_id: RouterId) -> None:
-        self._leases.router_heard(router_id, self._ledger.now_s)
+    def router_spoke(self, router_id: RouterId) -> None:
+        """Not by a heartbeat, but a sign of life all the same."""
+        self._leases.router_spoke(router_id, self._ledger.now_s)
 
     def missing_role(self, *, is_long: bool) -> Role | None:
         """A role such a request needs and that nobody has filled for too long."""
         return self._leases.missing_role(self._ledger.now_s, is_long=is_long)
 
     def expire(self) -> None:
+        """After each event: whose time has come?"""
         now_s = self._ledger.now_s
+        if now_s < self._quiet_until_s and not self._leases.anybody_missing:
+            return
         deadline_s = self._leases.next_deadline_s()
         if deadline_s is not None and deadline_s <= now_s:
             self._expire_leases()
@@ -59,6 +68,8 @@ class Membership:
         if self._capacity_due_s is not None and self._capacity_due_s <= self._ledger.now_s:
             self._capacity_due_s = None
             self._fail_too_long()
+        deadlines = (self.next_deadline_s(), self._ledger.awaiting.next_s(), now_s + self._term_s)
+        self._quiet_until_s = min(d for d in deadlines if d is not None)
 
     def _expire_leases(self) -> None:
         lost = self._leases.expired(self._ledger.now_s)
@@ -193,7 +204,9 @@ class Membership:
     def on_coordinator_heartbeat(self, event: CoordinatorHeartbeat) -> None:
         if self._leases.coordinator_heard(event.coordinator_id, event.incarnation, self._ledger.now_s):
             self._lose_coordinator("the SP coordinator was restarted")
-        self._cluster.can_form_groups = True
+        if not self._cluster.can_form_groups:
+            self._cluster.can_form_groups = True
+            self._cluster.room_changes += 1
         self._leases.roles_changed(self._cluster, self._ledger.now_s)
         self._policy.decoder_eased()
         driving = set(event.driving)

@@ -71,9 +71,13 @@ class PecSchedPolicy:
     # --- what happened ---------------------------------------------------------------------------
 
     def admit(self, request: Request, cluster: Cluster) -> None:
-        (self._longs if request.is_long else self._shorts).push(request)
+        if request.is_long:
+            self._longs.push(request)
+            self._wish(cluster, request)  # now, on its own account: a short's event may be what makes room for it
+            return
+        self._shorts.push(request)
         replica = next(iter(cluster.replicas.values()), None)
-        if not request.is_long and replica is not None:
+        if replica is not None:
             work_s = shorts_s(replica.profile.step_cost, request.tokens, self._config.batch_tokens_max)
             self._load.came(work_s, request.state_since_s)
 
@@ -93,8 +97,7 @@ class PecSchedPolicy:
         """Nothing here is bound to a worker."""
 
     def decoder_eased(self) -> None:
-        """Every decision looks at the cluster itself. (A coordinator may have come.)"""
-        self._tried = None
+        """Every decision looks at the cluster itself."""
 
     def replica_eased(self, worker_id: WorkerId, cluster: Cluster) -> None:
         replica = cluster.replicas.get(worker_id)
@@ -107,9 +110,11 @@ class PecSchedPolicy:
     # --- decisions -------------------------------------------------------------------------------
 
     def decide(self, cluster: Cluster, now_s: float) -> Decision | None:
-        for request_id in self._timers.due(now_s):
-            if request_id in cluster.requests:
-                self._touched[request_id] = cluster.requests[request_id]
+        due_s = self._timers.next_s()
+        if due_s is not None and due_s <= now_s:
+            for request_id in self._timers.due(now_s):
+                if request_id in cluster.requests:
+                    self._touched[request_id] = cluster.requests[request_id]
         return (
             self._next_short(cluster, now_s)
             or self._next_long(cluster, now_s)
@@ -172,10 +177,13 @@ class PecSchedPolicy:
         spare = math.ceil(self._config.shorts_spare * busy)
         key = (request.request_id, len(cluster.replicas))
         if self._wished[0] != key:
-            by_node, kv_tokens = cluster.replicas_by_node(NODES_MAX), cluster.kv_max("prefill")
-            degree = self._planner.degree(request.tokens, request.spec.kv_tokens, by_node, kv_tokens)
-            self._wished = key, degree
+            self._wished = key, self._wish(cluster, request)
         return spare if busy * (self._wished[1] - 1) > spare - busy else 0
+
+    def _wish(self, cluster: Cluster, request: Request) -> int:
+        """Over how many replicas it would be spread, had it the cluster to itself."""
+        by_node, kv_tokens = cluster.replicas_by_node(NODES_MAX), cluster.kv_max("prefill")
+        return self._planner.degree(request.tokens, request.spec.kv_tokens, by_node, kv_tokens)
 
     def _next_pause_change(self, cluster: Cluster, now_s: float) -> Decision | None:
         while self._touched:

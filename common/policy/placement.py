@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
+
+import msgspec
 
 from common.policy.cluster import Cluster, Decoder, Replica, Request, SchedulerConfig
 from common.policy.colocation import has_room
@@ -42,14 +43,12 @@ Rule = Literal["idle", "colocate", "exclude", "paused", "pause", "queue"]
 `queue`: it waits behind others on a replica without longs."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(msgspec.Struct, frozen=True):
     replica: Replica
     rule: Rule
 
 
-@dataclass(frozen=True, slots=True)
-class NoPlace:
+class NoPlace(msgspec.Struct, frozen=True):
     """Nothing fits now. `retry_s`: when a pause becomes legal, if one will; any event may change it sooner."""
 
     retry_s: float | None = None

@@ -46,7 +46,7 @@ from common.units import RequestId
 
 
 class SaveRequest(Record, frozen=True, kw_only=True):
-    """Write the record to the store before any message of the same event leaves."""
+    """Write the record to the store. One per event and request: what it was in between, nobody asks."""
 
     record: RequestRecord
 
