@@ -91,7 +91,10 @@ class Request:
     def workers(self) -> tuple[WorkerId, ...]:
         if self.is_long:
             return self.members
-        return tuple(dict.fromkeys(w for w in (self.prefill_worker, self.decode_worker) if w is not None))
+        if self.prefill_worker is None or self.decode_worker is None or self.prefill_worker == self.decode_worker:
+            worker_id = self.prefill_worker if self.prefill_worker is not None else self.decode_worker
+            return () if worker_id is None else (worker_id,)
+        return (self.prefill_worker, self.decode_worker)
 
 
 @dataclass(slots=True, eq=False)

@@ -6,7 +6,7 @@ and the serial of its cause. Records are kept as they are and written out only w
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 
 from common.messages.base import Record
@@ -22,14 +22,16 @@ class StoryLog:
     def __init__(self, requests_max: int = 4_096, lines_max: int = 256) -> None:
         self._requests_max = requests_max
         self._lines_max = lines_max
-        self._lines: OrderedDict[RequestId, deque[tuple[float, str, Record | str]]] = OrderedDict()
+        self._lines: OrderedDict[RequestId, list[tuple[float, str, Record | str]]] = OrderedDict()
 
     def note(self, request_id: RequestId, now_s: float, cause: str, what: Record | str) -> None:
         lines = self._lines.get(request_id)
         if lines is None:
-            lines = self._lines[request_id] = deque(maxlen=self._lines_max)
+            lines = self._lines[request_id] = []
             if len(self._lines) > self._requests_max:
                 self._lines.popitem(last=False)
+        elif len(lines) == self._lines_max:
+            del lines[0]  # rare: a short has some twenty lines, and a list is the cheapest to begin
         lines.append((now_s, cause, what))
 
     def tell(self, request_id: RequestId) -> list[str]:
