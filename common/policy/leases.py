@@ -30,7 +30,6 @@ class Leases:
         self._config = config
         self._leases: Timers[_Lease] = Timers()
         self._missing_since: dict[Role, float] = {}
-        self._started = False
         self._wake: Timers[Role] = Timers()
         self.routers: set[RouterId] = set()
         self._spoke_s: dict[RouterId, float] = {}
@@ -39,10 +38,8 @@ class Leases:
 
     def started(self, now_s: float) -> None:
         """The first event: from now on every role that is not filled is missing."""
-        if not self._started:
-            self._started = True
-            for role in ("prefill worker", "decode worker", "SP coordinator"):
-                self._begin_missing(role, now_s)
+        for role in ("prefill worker", "decode worker", "SP coordinator"):
+            self._begin_missing(role, now_s)
 
     def _begin_missing(self, role: Role, now_s: float) -> None:
         self._missing_since[role] = now_s

@@ -27,14 +27,10 @@ class Membership:
         self._leases = Leases(ledger.config)
         self._capacity_due_s: float | None = None
         """Workers came or went: when what waits must fit those that are there."""
-        self._quiet_until_s = -math.inf
-        """Before this no deadline can come: none of those known, and none set since, each of which lies `_term_s` or
-        more after the event that set it."""
+        self.quiet_until_s = -math.inf
+        """Before this nothing can expire: no deadline known, and none set since, each of which lies `_term_s` or more
+        after the event that set it. -inf: at the first event, and while a role is not filled."""
         self._term_s = min(self._config.lease_s, self._config.no_worker_s)
-
-    def begin(self) -> None:
-        """Before each event."""
-        self._leases.started(self._ledger.now_s)
 
     def next_deadline_s(self) -> float | None:
         deadlines = (self._leases.next_deadline_s(), self._capacity_due_s)
@@ -52,10 +48,8 @@ class Membership:
         return self._leases.missing_role(self._ledger.now_s, is_long=is_long)
 
     def expire(self) -> None:
-        """After each event: whose time has come?"""
+        """After each event that comes at `quiet_until_s` or later: whose time has come?"""
         now_s = self._ledger.now_s
-        if now_s < self._quiet_until_s and not self._leases.anybody_missing:
-            return
         deadline_s = self._leases.next_deadline_s()
         if deadline_s is not None and deadline_s <= now_s:
             self._expire_leases()
@@ -68,8 +62,19 @@ class Membership:
         if self._capacity_due_s is not None and self._capacity_due_s <= self._ledger.now_s:
             self._capacity_due_s = None
             self._fail_too_long()
-        deadlines = (self.next_deadline_s(), self._ledger.awaiting.next_s(), now_s + self._term_s)
-        self._quiet_until_s = min(d for d in deadlines if d is not None)
+        if self._leases.anybody_missing:
+            self.quiet_until_s = -math.inf
+        else:
+            deadlines = (self.next_deadline_s(), self._ledger.awaiting.next_s(), now_s + self._term_s)
+            self.quiet_until_s = min(d for d in deadlines if d is not None)
+
+    def first_event(self) -> None:
+        """From now on every role that is not filled is missing."""
+        self._leases.started(self._ledger.now_s)
+
+    def _roles_changed(self) -> None:
+        self._leases.roles_changed(self._cluster, self._ledger.now_s)
+        self.quiet_until_s = -math.inf
 
     def _expire_leases(self) -> None:
         lost = self._leases.expired(self._ledger.now_s)
@@ -140,7 +145,7 @@ class Membership:
 
     def _add_worker(self, profile: WorkerProfile) -> Replica | Decoder:
         worker = self._cluster.add_worker(profile, self._ledger.now_s)
-        self._leases.roles_changed(self._cluster, self._ledger.now_s)
+        self._roles_changed()
         self._policy.worker_added(profile.worker_id, self._cluster)
         self._capacity_changed()
         return worker
@@ -160,7 +165,7 @@ class Membership:
             self._cluster.unseat_long(request, decodes=False)
         self._cluster.remove_worker(worker_id)
         self._leases.worker_gone(worker_id)
-        self._leases.roles_changed(self._cluster, self._ledger.now_s)
+        self._roles_changed()
         self._policy.worker_lost(worker_id, self._cluster)
         self._capacity_changed()
         self._counters["workers_lost"] += 1
@@ -207,7 +212,7 @@ class Membership:
         if not self._cluster.can_form_groups:
             self._cluster.can_form_groups = True
             self._cluster.room_changes += 1
-        self._leases.roles_changed(self._cluster, self._ledger.now_s)
+        self._roles_changed()
         self._policy.decoder_eased()
         driving = set(event.driving)
         for request in list(self._ledger.grouped.values()):
@@ -236,6 +241,6 @@ class Membership:
     def _lose_coordinator(self, why: str) -> None:
         self._cluster.can_form_groups = False
         self._leases.coordinator_gone()
-        self._leases.roles_changed(self._cluster, self._ledger.now_s)
+        self._roles_changed()
         for request in list(self._ledger.grouped.values()):
             self._ledger.interrupt(request, why)

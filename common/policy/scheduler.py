@@ -53,7 +53,7 @@ from common.policy.ledger import Ledger
 from common.policy.lifecycle import IN_GROUP, RequestState
 from common.policy.long_planner import LongPlanner
 from common.policy.membership import Membership
-from common.policy.placement import bounds_of, kv_share, layout_of
+from common.policy.placement import bounds_of, in_rank_order, kv_share, layout_of
 from common.policy.preemption import PauseAccount
 from common.policy.scheduler_io import SchedulerCommand, SchedulerEvent
 from common.policy.view import describe
@@ -90,12 +90,14 @@ class Scheduler:
         self._serial += 1
         ledger.now_s = now_s
         ledger.cause = f"{type(event).__name__}#{ledger.epoch}.{self._serial}"
-        self._membership.begin()
+        if self._serial == 1:
+            self._membership.first_event()
         request_id = getattr(event, "request_id", None)
         if request_id is not None:
             ledger.note(request_id, event)
         self._dispatch(event)
-        self._membership.expire()
+        if now_s >= self._membership.quiet_until_s:
+            self._membership.expire()
         while (decision := self._policy.decide(self._cluster, now_s)) is not None:
             self._apply(decision)
         return ledger.take_out()
@@ -420,20 +422,20 @@ class Scheduler:
         return decoder.profile.data_address
 
     def _place_long(self, decision: PlaceLong) -> None:
-        request = decision.request
-        replicas = [self._cluster.replicas[w] for w in decision.members]
-        estimate_s = self._ledger.planner.prefill_s(request.tokens, layout_of(self._cluster, decision.members))
+        request, (members, addresses) = decision.request, in_rank_order(self._cluster, decision.members)
+        replicas = [self._cluster.replicas[w] for w in members]
+        estimate_s = self._ledger.planner.prefill_s(request.tokens, layout_of(self._cluster, members))
         request.pauses = PauseAccount(started_s=self._ledger.now_s, estimate_s=estimate_s)
         share = kv_share(request.spec.kv_tokens, len(replicas))
         self._policy.forget(request)
-        request.members = decision.members
+        request.members = members
         self._ledger.move(request, RequestState.FORMING)
         for replica in replicas:
             self._cluster.reserve(replica, request.key, share, self._ledger.now_s)
             self._cluster.seat_long(replica, request.request_id)
         self._counters["placed_long"] += 1
         self._ledger.save(request)
-        self._ledger.emit(FormGroup(spec=request.spec, members=decision.members))
+        self._ledger.emit(FormGroup(spec=request.spec, members=members, addresses=addresses))
 
     def _pause(self, request: Request) -> None:
         self._ledger.move(request, RequestState.PAUSING)
