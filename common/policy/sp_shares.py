@@ -8,7 +8,8 @@ ceil((n - r) / degree), however they were cut into chunks. So nothing need be ag
 
 from __future__ import annotations
 
-from itertools import accumulate
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 
 def owned_tokens(tokens: int, degree: int, rank: int) -> int:
@@ -55,3 +56,44 @@ class Shares:
         rank = append_rank(sum(self.owned), len(self.owned))
         self.owned[rank] += 1
         return rank
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShare:
+    """The attention heads of one rank, where heads are split and not tokens: [begin, end) of each kind."""
+
+    kv: tuple[int, int]
+    query: tuple[int, int]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.kv[1] - self.kv[0]
+
+    @property
+    def query_heads(self) -> int:
+        return self.query[1] - self.query[0]
+
+    def reserved_tokens(self, kv_tokens: int, kv_heads: int) -> int:
+        """KV of `kv_tokens` tokens in these heads only, as tokens in all of the model's `kv_heads`."""
+        return -(-kv_tokens * self.kv_heads // kv_heads)
+
+
+def head_shares(query_heads: int, kv_heads: int, degree: int) -> tuple[HeadShare, ...]:
+    """Deal the heads out, by rank. KV heads as evenly as possible, and with each the query heads that attend to it.
+    Where there are more ranks than KV heads, the ranks are dealt out to these, and those of one KV head hold a copy
+    of it each and split its query heads; a rank for which no query head is left has nothing to do."""
+    group = query_heads // kv_heads
+    if degree <= kv_heads:
+        ends = [_even(kv_heads, degree, rank) for rank in range(degree + 1)]
+        return tuple(HeadShare((kv, end), (kv * group, end * group)) for kv, end in pairwise(ends))
+    shares = []
+    for head in range(kv_heads):
+        ranks = _even(degree, kv_heads, head + 1) - _even(degree, kv_heads, head)
+        queries = [head * group + _even(group, ranks, number) for number in range(ranks + 1)]
+        shares += [HeadShare((head, head + (begin < end)), (begin, end)) for begin, end in pairwise(queries)]
+    return tuple(shares)
+
+
+def _even(things: int, parts: int, number: int) -> int:
+    """Where part `number` begins, if the first parts get what does not divide."""
+    return number * (things // parts) + min(number, things % parts)

@@ -2,7 +2,8 @@
 
 A layer of transformers projects and rotates the packed batch, then calls `ragged_attention` with the
 batch passed through its keyword arguments (`ctx`). Each segment writes its keys and values into its
-sequence's cache and attends to all of that sequence so far.
+sequence's cache and attends to all of that sequence so far; one that a group shares does so with the other ranks
+(`sequence_parallel.py`).
 
 A chunk with a past cannot use one causal call: the causal flag is aligned to the top left, as if the
 past were part of the chunk. Past (no mask) and own part (square, causal) are attended separately and
@@ -66,31 +67,41 @@ def ragged_attention(
 def _attend_segment(row: Packed, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Tensors as in `ragged_attention`, of one segment. Returns [1, query_heads, tokens, head_dim]."""
     kv = row.sequence.kv
-    start = row.start
-    kv.write(layer, start, key[0], value[0])
-    keys, values = kv.read(layer, 0, start + row.tokens)
-    if row.tokens == 1:
-        return attend(query, keys, values, scaling)[0]
-    block = CAUSAL_BLOCK if query.device.type == "cpu" else row.tokens
-    if row.tokens <= block:
+    if row.group is not None:
+        return row.group.attend(kv, layer, query, key, value, scaling)
+    kv.write(layer, row.start, key[0], value[0])
+    return attend_at_end(query, *kv.read(layer, 0, row.start + row.tokens), scaling)[0]
+
+
+def attend_at_end(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Causal attention of queries that stand at the end of the keys, with its log-sum-exp.
+
+    query [1, query_heads, n, head_dim], keys and values [1, kv_heads, m, head_dim], 1 <= n <= m. Returns
+    [1, query_heads, n, head_dim] and float32 [1, query_heads, n]."""
+    tokens = query.shape[2]
+    if tokens == 1:
+        return attend(query, keys, values, scaling)
+    block = CAUSAL_BLOCK if query.device.type == "cpu" else tokens
+    if tokens <= block:
         return _attend_block(query, keys, values, scaling)
-    bounds = [*range(0, row.tokens, block), row.tokens]
-    return torch.cat(
-        [
-            _attend_block(query[:, :, begin:end], keys[:, :, : start + end], values[:, :, : start + end], scaling)
-            for begin, end in pairwise(bounds)
-        ],
-        dim=2,
+    past = keys.shape[2] - tokens
+    outs, lses = zip(
+        *(
+            _attend_block(query[:, :, begin:end], keys[:, :, : past + end], values[:, :, : past + end], scaling)
+            for begin, end in pairwise([*range(0, tokens, block), tokens])
+        ),
+        strict=True,
     )
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
 
-def _attend_block(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention of queries that stand at the end of the keys. Returns [1, query_heads, n, head_dim]."""
+def _attend_block(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """As `attend_at_end`, all under one mask."""
     past = key.shape[2] - query.shape[2]
     own = attend(query, key[:, :, past:], value[:, :, past:], scaling, causal=True)
     if past == 0:
-        return own[0]
-    return merge_attention(*attend(query, key[:, :, :past], value[:, :, :past], scaling), *own)[0]
+        return own
+    return merge_attention(*attend(query, key[:, :, :past], value[:, :, :past], scaling), *own)
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,12 +20,24 @@ from services.engine.kv_cache import SequenceKv
 
 if TYPE_CHECKING:
     from services.engine.prefill import PassRun
+    from services.engine.sequence_parallel import GroupPass
+    from services.engine.shared_sequence import SharedSequence
 
 
 class HeldSequence:
     """A sequence the engine holds: its tokens so far, its KV, and how far it is computed."""
 
-    __slots__ = ("active_pass", "computed", "kv", "layer_tokens", "prompt_tokens", "sink", "spec", "token_ids")
+    __slots__ = (
+        "active_pass",
+        "computed",
+        "kv",
+        "layer_tokens",
+        "prompt_tokens",
+        "shared",
+        "sink",
+        "spec",
+        "token_ids",
+    )
 
     def __init__(self, spec: RequestSpec, token_ids: Sequence[int], kv: SequenceKv, sink: KvSink | None) -> None:
         self.spec = spec
@@ -34,10 +46,12 @@ class HeldSequence:
         self.prompt_tokens = len(self.token_ids)
         self.kv = kv
         self.sink = sink
+        self.shared: SharedSequence | None = None
+        """Set if a group of workers computes it: `kv` is this rank's part then, and a follower knows no token drawn."""
         self.computed = 0
-        """Tokens that have been through all layers."""
+        """Tokens that have been through all layers (on whichever rank)."""
         self.layer_tokens = 0
-        """Tokens computed, summed over the layers: layers x tokens, unless something was computed twice."""
+        """Tokens computed here, summed over the layers: layers x tokens, unless something was computed twice."""
         self.active_pass: PassRun | None = None
         """The pass, running or stopped, that contains it."""
 
@@ -49,13 +63,20 @@ class HeldSequence:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """One segment and its place in the packed batch: rows [offset, offset + tokens)."""
+    """One segment and its place in the packed batch: rows [offset, offset + tokens). Of a shared sequence only the
+    part that this rank computes, maybe no tokens."""
 
     sequence: HeldSequence
     start: int
     tokens: int
     sample: bool
     offset: int
+    group: GroupPass | None = None
+
+    @property
+    def end(self) -> int:
+        """Position after the segment's last token."""
+        return self.start + self.tokens if self.group is None else self.group.end
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +95,10 @@ class RaggedBatch:
     def sampled(self) -> tuple[Packed, ...]:
         return tuple(row for row in self.rows if row.sample)
 
-    def last_rows(self) -> list[int]:
-        """Packed index of the last token of every segment that samples."""
-        return [row.offset + row.tokens - 1 for row in self.sampled]
+    @property
+    def shared(self) -> Packed | None:
+        """The row of a sequence that a group computes, if one is in the batch."""
+        return next((row for row in self.rows if row.group is not None), None)
 
     def without(self, sequence: HeldSequence) -> tuple[RaggedBatch, Tensor]:
         """The batch less one sequence, and the packed indexes that stay, [kept tokens] int64."""
@@ -86,18 +108,27 @@ class RaggedBatch:
         return RaggedBatch(_placed(stay), self.token_ids[:, kept], self.positions[:, kept]), kept
 
 
-def pack(segments: Sequence[tuple[HeldSequence, Segment]], device: torch.device) -> RaggedBatch:
-    """Raises: EngineError (no segment, a sequence twice or in another pass, tokens not next in line)."""
+def pack(
+    segments: Sequence[tuple[HeldSequence, Segment]], device: torch.device, group: GroupPass | None = None
+) -> RaggedBatch:
+    """`group`: the pass of the shared sequence among them, if there is one. Raises: EngineError (no segment, a
+    sequence twice or in another pass, tokens not next in line)."""
     if not segments:
         raise EngineError("a pass needs at least one segment")
     seen: set[int] = set()
     for sequence, segment in segments:
         _refuse_misfit(sequence, segment, id(sequence) in seen)
         seen.add(id(sequence))
-    rows = _placed([Packed(held, part.start, part.tokens, part.sample, 0) for held, part in segments])
+    rows = _placed([_own_part(held, part, group) for held, part in segments])
     ids = [token for row in rows for token in row.sequence.token_ids[row.start : row.start + row.tokens]]
     positions = torch.cat([torch.arange(row.start, row.start + row.tokens) for row in rows])
-    return RaggedBatch(rows, torch.tensor([ids]).to(device), positions.unsqueeze(0).to(device))
+    return RaggedBatch(rows, torch.tensor([ids], dtype=torch.int64).to(device), positions.unsqueeze(0).to(device))
+
+
+def _own_part(sequence: HeldSequence, segment: Segment, group: GroupPass | None) -> Packed:
+    if sequence.shared is None or group is None:
+        return Packed(sequence, segment.start, segment.tokens, segment.sample, 0)
+    return Packed(sequence, group.own_start, group.own_tokens, segment.sample, 0, group)
 
 
 def _refuse_misfit(sequence: HeldSequence, segment: Segment, twice: bool) -> None:
@@ -106,6 +137,9 @@ def _refuse_misfit(sequence: HeldSequence, segment: Segment, twice: bool) -> Non
         raise EngineError(f"request {name} is already part of a pass")
     if segment.start != sequence.computed:
         raise EngineError(f"request {name}: segment starts at {segment.start}, computed are {sequence.computed} tokens")
+    if sequence.shared is not None:
+        _refuse_misshared(sequence.shared, sequence, segment)
+        return
     if segment.tokens < 1 or end > len(sequence.token_ids):
         raise EngineError(f"request {name}: no tokens [{segment.start}, {end}), it has {len(sequence.token_ids)}")
     if end > sequence.kv.capacity_tokens:
@@ -114,12 +148,24 @@ def _refuse_misfit(sequence: HeldSequence, segment: Segment, twice: bool) -> Non
         raise EngineError(f"request {name}: the token after {end} is known, there is none to draw")
 
 
+def _refuse_misshared(shared: SharedSequence, sequence: HeldSequence, segment: Segment) -> None:
+    """A follower does not know the tokens drawn, and a rank keeps no more than its part of the KV."""
+    name, end = segment.request_id, segment.start + segment.tokens
+    leads, in_prompt = shared.share.rank == 0, end <= shared.prompt_tokens
+    if segment.tokens < 1 or end > shared.kv_tokens or not (in_prompt or segment.tokens == 1):
+        raise EngineError(f"request {name}: [{segment.start}, {end}) is neither a chunk of its prompt nor one token")
+    if leads and end > len(sequence.token_ids):
+        raise EngineError(f"request {name}: no tokens [{segment.start}, {end}), it has {len(sequence.token_ids)}")
+    if segment.sample and (not leads or end != len(sequence.token_ids)):
+        raise EngineError(f"request {name}: rank {shared.share.rank} draws no token after {end}")
+
+
 def _placed(rows: Sequence[Packed]) -> tuple[Packed, ...]:
     """The same rows, packed one after another."""
     offsets = [0]
     for row in rows:
         offsets.append(offsets[-1] + row.tokens)
     return tuple(
-        Packed(row.sequence, row.start, row.tokens, row.sample, begin)
+        Packed(row.sequence, row.start, row.tokens, row.sample, begin, row.group)
         for row, (begin, _end) in zip(rows, pairwise(offsets), strict=True)
     )

@@ -77,8 +77,12 @@ class GroupLink(Protocol):
         """Wait for the next message of that rank, into place. Returns its `stop`."""
         ...
 
+    async def opened(self, announcement: Announcement) -> None:
+        """`open_pass`, for an engine that computes nothing and lives on the event loop."""
+        ...
+
     async def received(self, rank: int, step: int) -> bool:
-        """`receive` of a message without parts, for an engine that computes nothing and lives on the event loop."""
+        """`receive` of a message without parts, for such an engine."""
         ...
 
     def close_pass(self) -> None:
@@ -90,11 +94,11 @@ class GroupLink(Protocol):
         ...
 
     def abort(self) -> None:
-        """Any thread: break the link. Whoever waits in it raises GroupBroken within milliseconds, here and elsewhere."""
+        """Any thread: break the link; whoever waits in it, here or elsewhere, raises within milliseconds."""
         ...
 
     def close(self) -> None:
-        """Loop thread, no pass under way: as `abort`, and let go of the connections. Idempotent."""
+        """Loop thread: as `abort`, and let go of the connections (at the end of a pass under way). Idempotent."""
         ...
 
 

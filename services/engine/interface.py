@@ -4,17 +4,23 @@ and `timed.py`, which answers at the speed of a cost model and needs no GPU; one
 A *pass* is one ragged batch of new tokens through all layers. A *step* is one layer of one pass: the
 smallest piece of work, never interrupted. A pass can be stopped between two steps and continued there
 later; its hidden state and the KV of the layers done are kept, nothing is computed twice.
+
+A sequence may be *shared*: computed by a group of workers, each with a part of its tokens (or heads) and of its KV.
+Rank 0 runs passes of it as of any other; the others are called to them (`collectives.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from common.messages.cluster import StepCost
 from common.messages.requests import RequestSpec, TokenLogprob
 from common.units import RequestId, TokenId
+
+if TYPE_CHECKING:
+    from services.engine.collectives import GroupShare, OnCalled
 
 
 class EngineError(Exception):
@@ -110,6 +116,17 @@ class PrefillEngine(Protocol):
         Raises: KvFull, EngineError (already open, token id out of the vocabulary)."""
         ...
 
+    def open_share(self, spec: RequestSpec, token_ids: Sequence[int], share: GroupShare, on_called: OnCalled) -> None:
+        """`open` for one rank of a group; the link is the engine's from now on, until `close`. Reserves this rank's
+        part of the KV.
+
+        Rank 0 runs the whole chunk (or the row of one token drawn) as a segment, and draws. A follower runs the same
+        segment with `sample` false when `on_called` says so; it draws nothing and need not know what was drawn. At
+        most one shared sequence may be in a pass. `stop` is rank 0's alone: all ranks then stop after the same step;
+        on a follower it does nothing to a pass with a shared sequence. If the group breaks, `run` and `resume` raise
+        GroupBroken, an EngineError. Raises: KvFull, EngineError (as `open`; the link is then still the caller's)."""
+        ...
+
     async def run(self, segments: Sequence[Segment], *, background: bool = False) -> PassResult:
         """Start a pass and run it to its end or until `stop`. `background`: on a shared processor it yields to
         shorter work. Raises: EngineError."""
@@ -125,7 +142,8 @@ class PrefillEngine(Protocol):
 
     def close(self, request_id: RequestId) -> None:
         """Free the sequence's KV and forget any stopped pass of its own. Idempotent. Must not be called
-        while a pass containing it runs: stop it and await its return first."""
+        while a pass containing it runs: stop it and await its return first. Of a shared sequence the link is
+        closed too, which breaks the group."""
         ...
 
     async def shutdown(self) -> None: ...

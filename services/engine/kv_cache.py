@@ -7,7 +7,7 @@ bytes of one KV head of one layer can be sent from where they lie.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,7 +66,8 @@ class KvStore:
     def __init__(self, shape: KvShape, capacity_tokens: int) -> None:
         self.shape = shape
         self.capacity_tokens = capacity_tokens
-        self._held: dict[RequestId, SequenceKv] = {}
+        self._held: dict[RequestId, int] = {}
+        """Tokens charged."""
         self._used_tokens = 0
 
     @property
@@ -74,22 +75,25 @@ class KvStore:
         """Reserved, not merely written; exact."""
         return self._used_tokens
 
-    def reserve(self, request_id: RequestId, tokens: int) -> SequenceKv:
-        """Raises: KvFull, EngineError (already reserved)."""
+    def reserve(
+        self, request_id: RequestId, tokens: int, *, kv_heads: int | None = None, charged: int | None = None
+    ) -> SequenceKv:
+        """KV of so many tokens, in all heads or in some, for which fewer tokens are charged.
+        Raises: KvFull, EngineError (already reserved)."""
+        charged = tokens if charged is None else charged
         if request_id in self._held:
             raise EngineError(f"request {request_id} already holds KV")
         free = self.capacity_tokens - self._used_tokens
-        if tokens > free:
+        if charged > free:
             raise KvFull(
-                f"request {request_id} needs KV for {tokens} tokens, {free} of {self.capacity_tokens} are free"
+                f"request {request_id} needs KV for {charged} tokens, {free} of {self.capacity_tokens} are free"
             )
-        kv = SequenceKv(self.shape, tokens)
-        self._held[request_id] = kv
-        self._used_tokens += tokens
+        shape = self.shape if kv_heads is None else replace(self.shape, kv_heads=kv_heads)
+        kv = SequenceKv(shape, tokens)
+        self._held[request_id] = charged
+        self._used_tokens += charged
         return kv
 
     def free(self, request_id: RequestId) -> None:
         """Idempotent."""
-        kv = self._held.pop(request_id, None)
-        if kv is not None:
-            self._used_tokens -= kv.capacity_tokens
+        self._used_tokens -= self._held.pop(request_id, 0)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from services.engine.batch import HeldSequence, RaggedBatch
+from services.engine.batch import HeldSequence, Packed, RaggedBatch
 from services.engine.interface import EngineError, LayerKv, Sampled
 from services.engine.model import LoadedModel
 from services.engine.sampler import sample
+from services.engine.sequence_parallel import GroupPass
 
 
 class PassRun:
@@ -34,6 +35,12 @@ class PassRun:
             row.sequence.active_pass = self
 
     @property
+    def group(self) -> GroupPass | None:
+        """Set while a shared sequence is in the pass."""
+        row = self.batch.shared
+        return None if row is None else row.group
+
+    @property
     def finished(self) -> bool:
         return self.steps_done == self._model.layers
 
@@ -41,6 +48,19 @@ class PassRun:
         """Run the next layer. Must be called in `torch.inference_mode`."""
         if self.finished:
             raise EngineError("the pass is finished")
+        if self.batch.tokens == 0:
+            self._lend()
+        else:
+            self._compute_layer()
+        self.steps_done += 1
+        for row in self.batch.rows:
+            row.sequence.layer_tokens += row.tokens
+        if self.steps_done == self._model.layers:
+            self._conclude()
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+
+    def _compute_layer(self) -> None:
         decoder = self._model.decoder
         if self._hidden is None or self._rotary is None:
             self._hidden = decoder.embed_tokens(self.batch.token_ids)
@@ -54,13 +74,17 @@ class PassRun:
             position_embeddings=self._rotary,
             ctx=self.batch,
         )
-        self.steps_done += 1
-        for row in self.batch.rows:
-            row.sequence.layer_tokens += row.tokens
-        if self.steps_done == self._model.layers:
-            self._conclude()
-        if self._model.device.type == "cuda":
-            torch.cuda.synchronize(self._model.device)
+
+    def _lend(self) -> None:
+        """No token of the pass is computed here: only the KV kept here is asked for."""
+        row = self.batch.shared
+        assert row is not None
+        assert row.group is not None
+        model = self._model
+        nothing = torch.empty(1, model.kv_heads, 0, model.head_dim, dtype=model.dtype, device=model.device)
+        query = nothing.new_empty(1, model.query_heads, 0, model.head_dim)
+        scaling: float = model.decoder.layers[self.steps_done].self_attn.scaling
+        row.group.attend(row.sequence.kv, self.steps_done, query, nothing, nothing, scaling)
 
     def layer_kv(self, layer: int) -> list[tuple[HeldSequence, LayerKv]]:
         """The KV this pass added to a layer it has done, for the sequences that have a sink."""
@@ -74,7 +98,7 @@ class PassRun:
         """Draw the next tokens, append them to their sequences and let go of these. Once, when finished."""
         drawn = self._draw()
         for row in self.batch.rows:
-            row.sequence.computed = row.start + row.tokens
+            row.sequence.computed = row.end
         for row, token in zip(self.batch.sampled, drawn, strict=True):
             row.sequence.token_ids.append(token.token_id)
         self.release()
@@ -97,11 +121,23 @@ class PassRun:
             row.sequence.active_pass = None
 
     def _conclude(self) -> None:
-        rows = self.batch.last_rows()
-        if rows and self._hidden is not None:
-            last = self._model.decoder.norm(self._hidden[0, rows])
-            self.logits = self._head()(last)
+        shared = self.batch.shared
+        brought = None if shared is None else self._bring_last(shared)
+        last = [self._last_of(row) if brought is None or row is not shared else brought for row in self.batch.sampled]
+        if last:
+            self.logits = self._head()(self._model.decoder.norm(torch.stack(last)))
         self._hidden = self._rotary = None
+
+    def _last_of(self, row: Packed) -> Tensor:
+        """Hidden state [hidden] of the row's last token."""
+        assert self._hidden is not None  # it has tokens
+        return self._hidden[0, row.offset + row.tokens - 1]
+
+    def _bring_last(self, row: Packed) -> Tensor | None:
+        assert row.group is not None
+        own = None if self._hidden is None else self._hidden[0, row.offset : row.offset + row.tokens]
+        weight: Tensor = self._model.decoder.norm.weight
+        return row.group.last_hidden(own, self._model.layers, weight)
 
     def _head(self) -> Any:
         return self._model.module.lm_head

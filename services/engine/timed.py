@@ -13,16 +13,17 @@ KV of a token is that state after it (masked differently in every layer and head
 
 from __future__ import annotations
 
-import asyncio
 from array import array
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 
-from common.messages.cluster import StepCost
-from common.messages.requests import RequestSpec, TokenLogprob
+from common.messages.requests import RequestSpec
+from common.policy.sp_shares import reserved_tokens
 from common.settings import DecodeWorkerSettings, PrefillWorkerSettings
 from common.units import RequestId, TokenId
+from services.engine.collectives import GroupShare, OnCalled
 from services.engine.interface import (
     EngineError,
     EngineProfile,
@@ -33,121 +34,39 @@ from services.engine.interface import (
     Sampled,
     Segment,
 )
+from services.engine.shared_sequence import SharedSequence
+from services.engine.timed_group import TimedGroup
+from services.engine.timed_language import (
+    CPU_STEP_COST,
+    START,
+    STATE_BYTES,
+    WORD,
+    TimedShape,
+    chain,
+    expected_tokens,
+    mask_of,
+    masked,
+    next_token,
+    now_s,
+    require_valid,
+    sampled_token,
+    sleep_until,
+)
 
-STATE_BYTES = 8
+__all__ = [
+    "CPU_STEP_COST",
+    "TimedDecodeEngine",
+    "TimedPrefillEngine",
+    "TimedShape",
+    "chain",
+    "expected_tokens",
+    "make_timed_decode_engine",
+    "make_timed_prefill_engine",
+    "next_token",
+]
+
 PASS_ROWS_MAX = 64
 """Segments in one pass of a prefill engine."""
-_WORD = (1 << 64) - 1
-_MULTIPLIER = 6364136223846793005  # Knuth's MMIX: full period modulo 2**64
-_START = 0x9E3779B97F4A7C15
-
-CPU_STEP_COST = StepCost(pass_s=0.050, token_s=0.42e-3, pair_s=2.0e-7)
-"""About a 135M-parameter model in bf16 on one core."""
-
-
-@dataclass(frozen=True, slots=True)
-class TimedShape:
-    """What the engine pretends to be. Defaults: the embedded model's vocabulary and speed, tiny KV."""
-
-    step_cost: StepCost = CPU_STEP_COST
-    layers: int = 30
-    kv_heads: int = 1
-    kv_capacity_tokens: int = 32_768
-    context_tokens: int = 8_192
-    vocab: int = 49_152
-    rows_max: int = 32
-    model_id: str = "timed"
-    stop_at_index: int | None = None
-    """Emit the request's first stop token id at this output index (counted over all attempts); None: never."""
-    fail_at_pass: int | None = None
-    """The pass (decode: step) with this number, counted from 0, raises EngineError halfway; None: none does."""
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        return self.layers * self.kv_heads * 2 * STATE_BYTES
-
-    def profile(self, rows_max: int) -> EngineProfile:
-        return EngineProfile(
-            model_id=self.model_id,
-            model_fingerprint=f"timed-{self.layers}x{self.kv_heads}-{self.vocab}",
-            layers=self.layers,
-            kv_bytes_per_token=self.kv_bytes_per_token,
-            kv_capacity_tokens=self.kv_capacity_tokens,
-            context_tokens=self.context_tokens,
-            rows_max=rows_max,
-            step_cost=self.step_cost,
-        )
-
-
-# --- the made-up language ------------------------------------------------------------------------
-
-
-def chain(state: int, token_id: int) -> int:
-    """The state after one more token."""
-    return ((state ^ token_id) * _MULTIPLIER + _START) & _WORD
-
-
-def next_token(state: int, vocab: int, stop_token_ids: Sequence[int] = ()) -> TokenId:
-    """The token that follows a context with this state; never a stop token."""
-    mixed = state ^ (state >> 31)
-    mixed = (mixed * 0x94D049BB133111EB) & _WORD
-    token = (mixed >> 17) % vocab
-    while token in stop_token_ids:
-        token = (token + 1) % vocab
-    return token
-
-
-def expected_tokens(
-    prompt_ids: Sequence[int], count: int, vocab: int, stop_token_ids: Sequence[int] = ()
-) -> list[TokenId]:
-    """The `count` tokens that a timed engine generates after this prompt."""
-    state = _START
-    for token_id in prompt_ids:
-        state = chain(state, token_id)
-    tokens: list[TokenId] = []
-    for _ in range(count):
-        tokens.append(next_token(state, vocab, stop_token_ids))
-        state = chain(state, tokens[-1])
-    return tokens
-
-
-def _mask(layer: int, buffer: int) -> int:
-    return chain(chain(_START, layer), buffer)
-
-
-def _masked(states: bytes, mask: int) -> bytes:
-    """XOR every 8-byte word with `mask`; its own inverse."""
-    words = len(states) // STATE_BYTES
-    pattern = mask.to_bytes(STATE_BYTES, "little") * words
-    mixed = int.from_bytes(states, "little") ^ int.from_bytes(pattern, "little")
-    return mixed.to_bytes(len(states), "little")
-
-
-def _sampled(spec: RequestSpec, index: int, state: int, shape: TimedShape) -> Sampled:
-    """Output token number `index` (over all attempts) of a request whose context has this state."""
-    if index == shape.stop_at_index and spec.stop_token_ids:
-        token = spec.stop_token_ids[0]
-    else:
-        token = next_token(state, shape.vocab, spec.stop_token_ids)
-    return Sampled(request_id=spec.request_id, token_id=token, logprob=_logprob(spec, token, shape))
-
-
-def _logprob(spec: RequestSpec, token: TokenId, shape: TimedShape) -> TokenLogprob | None:
-    top = spec.sampling.logprobs
-    if top is None:
-        return None
-    likeliest = tuple(((token + rank) % shape.vocab, -0.5 - rank) for rank in range(min(top, shape.vocab)))
-    return TokenLogprob(logprob=-0.5, top=likeliest)
-
-
-async def _sleep_until(at_s: float) -> None:
-    """Also yields when the time has passed: a stop asked for meanwhile must be heard between steps."""
-    await asyncio.sleep(max(0.0, at_s - asyncio.get_running_loop().time()))
-
-
-def _now_s() -> float:
-    return asyncio.get_running_loop().time()
-
 
 # --- prefill -------------------------------------------------------------------------------------
 
@@ -160,9 +79,11 @@ class _Sequence:
     sink: KvSink | None
     kv_reserved: int
     computed: int = 0
-    state: int = _START
+    state: int = START
     buffers: list[list[bytearray]] = field(default_factory=list)
     """[layers][2 * kv_heads] of [prompt tokens * STATE_BYTES]; empty without a sink: nobody reads them."""
+    group: TimedGroup | None = None
+    """Set if a group of workers computes it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -173,6 +94,8 @@ class _Pass:
     """Of each segment: its tokens' states, as KV carries them."""
     fails: bool
     steps_done: int = 0
+    group: TimedGroup | None = None
+    """Of the shared sequence in it."""
 
 
 class TimedPrefillEngine:
@@ -199,16 +122,23 @@ class TimedPrefillEngine:
         return sum(sequence.kv_reserved for sequence in self._sequences.values())
 
     def open(self, spec: RequestSpec, token_ids: Sequence[int], sink: KvSink | None) -> None:
-        _require_valid(spec, token_ids, self.shape, already=spec.request_id in self._sequences)
+        require_valid(spec, token_ids, self.shape, already=spec.request_id in self._sequences)
         need = len(token_ids) if sink is not None else spec.kv_tokens
-        if self.kv_used_tokens + need > self.shape.kv_capacity_tokens:
-            raise KvFull(f"{spec.request_id} needs {need} tokens of KV; {self.kv_used_tokens} are in use")
+        self._require_room(spec, need)
         sequence = _Sequence(spec=spec, token_ids=list(token_ids), sink=sink, kv_reserved=need)
         if sink is not None:
             size = len(token_ids) * STATE_BYTES
             heads = range(2 * self.shape.kv_heads)
             sequence.buffers = [[bytearray(size) for _ in heads] for _ in range(self.shape.layers)]
         self._sequences[spec.request_id] = sequence
+
+    def open_share(self, spec: RequestSpec, token_ids: Sequence[int], share: GroupShare, on_called: OnCalled) -> None:
+        require_valid(spec, token_ids, self.shape, already=spec.request_id in self._sequences)
+        need = reserved_tokens(spec.kv_tokens, share.size)
+        self._require_room(spec, need)
+        shared = SharedSequence(share, len(token_ids), spec.kv_tokens)
+        self._sequences[spec.request_id] = _Sequence(spec, list(token_ids), None, need, group=TimedGroup(shared))
+        shared.listen(spec.request_id, on_called)
 
     async def run(self, segments: Sequence[Segment], *, background: bool = False) -> PassResult:
         self._require_idle()
@@ -218,6 +148,7 @@ class TimedPrefillEngine:
             raise EngineError("a pass takes one segment of each of one or more sequences")
         if len(segments) > PASS_ROWS_MAX:
             raise EngineError(f"a pass of {len(segments)} segments; at most {PASS_ROWS_MAX} are allowed")
+        group = self._group_of(segments)
         fails = self.passes_started == self.shape.fail_at_pass
         self.passes_started += 1
         started = _Pass(
@@ -225,6 +156,7 @@ class TimedPrefillEngine:
             step_s=self._pass_s(segments) / self.shape.layers,
             states={segment.request_id: self._states_of(segment) for segment in segments},
             fails=fails,
+            group=group,
         )
         return await self._advance(started)
 
@@ -244,51 +176,78 @@ class TimedPrefillEngine:
         running = self._running
         if running is not None and any(segment.request_id == request_id for segment in running.segments):
             raise EngineError(f"a pass with {request_id} runs")
-        self._sequences.pop(request_id, None)
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None and sequence.group is not None:
+            sequence.group.link.close()
         stopped = self._stopped_with(request_id)
         if stopped is not None:
             stopped.segments = [segment for segment in stopped.segments if segment.request_id != request_id]
+            if sequence is not None and stopped.group is sequence.group:
+                stopped.group = None
             if not stopped.segments:
                 self._stopped.remove(stopped)
 
     async def shutdown(self) -> None:
         self.stop()
+        for sequence in self._sequences.values():
+            if sequence.group is not None:
+                sequence.group.link.abort()
 
     # --- inside ---
 
     async def _advance(self, work: _Pass) -> PassResult:
-        begun_s = at_s = _now_s()
+        begun_s = now_s()
         self._running, self._stop_asked = work, False
         try:
-            while work.steps_done < self.shape.layers:
-                at_s += work.step_s
-                await _sleep_until(at_s)
-                if work.fails and work.steps_done >= self.shape.layers // 2:
-                    raise EngineError("failed as it was told to")
-                self._emit_layer(work, work.steps_done)
-                work.steps_done += 1
-                if self._stop_asked and work.steps_done < self.shape.layers:
-                    return self._stop_here(work, begun_s)
+            async with self._in_step(work):
+                stopped = await self._steps(work)
+            if stopped:
+                return self._stop_here(work, begun_s)
             return PassResult(
                 finished=True,
                 steps_done=work.steps_done,
                 sampled=self._finish(work),
-                compute_s=_now_s() - begun_s,
-                last_layer_computed_s=_now_s(),
+                compute_s=now_s() - begun_s,
+                last_layer_computed_s=now_s(),
             )
         finally:
             self._running = None
 
+    def _in_step(self, work: _Pass) -> AbstractAsyncContextManager[None]:
+        """With the other ranks, if it has a shared sequence."""
+        for segment in work.segments:
+            group = self._sequences[segment.request_id].group
+            if group is not None:
+                return group.in_pass(segment, work.steps_done)
+        return nullcontext()
+
+    async def _steps(self, work: _Pass) -> bool:
+        """Until the end or a stop. Returns whether it was stopped."""
+        at_s = now_s()
+        while work.steps_done < self.shape.layers:
+            stop = False if work.group is None else await work.group.begin_step(work.steps_done, self._stop_asked)
+            at_s = (at_s if work.group is None else now_s()) + work.step_s  # others may have kept it waiting
+            await sleep_until(at_s)
+            if work.fails and work.steps_done >= self.shape.layers // 2:
+                raise EngineError("failed as it was told to")
+            self._emit_layer(work, work.steps_done)
+            if work.group is not None:
+                await work.group.end_step(work.steps_done)
+            work.steps_done += 1
+            if (self._stop_asked if work.group is None else stop) and work.steps_done < self.shape.layers:
+                return True
+        return False
+
     def _stop_here(self, work: _Pass, begun_s: float) -> PassResult:
         self.stops += 1
         self._stopped.append(work)
-        now_s = _now_s()
+        ended_s = now_s()
         return PassResult(
             finished=False,
             steps_done=work.steps_done,
             sampled=(),
-            compute_s=now_s - begun_s,
-            last_layer_computed_s=now_s,
+            compute_s=ended_s - begun_s,
+            last_layer_computed_s=ended_s,
         )
 
     def _emit_layer(self, work: _Pass, layer: int) -> None:
@@ -299,7 +258,7 @@ class TimedPrefillEngine:
             begin, end = segment.start * STATE_BYTES, (segment.start + segment.tokens) * STATE_BYTES
             states = work.states[segment.request_id]
             for number, buffer in enumerate(sequence.buffers[layer]):
-                buffer[begin:end] = _masked(states, _mask(layer, number))
+                buffer[begin:end] = masked(states, mask_of(layer, number))
             views = tuple(memoryview(buffer)[begin:end] for buffer in sequence.buffers[layer])
             sequence.sink(LayerKv(layer=layer, start=segment.start, tokens=segment.tokens, buffers=views))
 
@@ -308,17 +267,18 @@ class TimedPrefillEngine:
         for segment in work.segments:
             sequence = self._sequences[segment.request_id]
             sequence.computed = segment.start + segment.tokens
-            sequence.state = int.from_bytes(work.states[segment.request_id][-STATE_BYTES:], "little")
-            for position in range(segment.start, sequence.computed):
+            sequence.state = _last_state(work.states[segment.request_id], sequence.state)
+            for position in self._own(segment):
                 self.computed_tokens[segment.request_id, position] += 1
             if segment.sample:
                 index = sequence.spec.generated_before + len(sequence.token_ids) - sequence.spec.prompt.tokens
-                drawn = _sampled(sequence.spec, index, sequence.state, self.shape)
+                drawn = sampled_token(sequence.spec, index, sequence.state, self.shape)
                 sequence.token_ids.append(drawn.token_id)
                 sampled.append(drawn)
         return tuple(sampled)
 
     def _states_of(self, segment: Segment) -> bytes:
+        """Of a shared sequence's tokens as far as they are known here: a follower does not know what was drawn."""
         sequence = self._sequences[segment.request_id]
         state, states = sequence.state, array("Q")
         for token_id in sequence.token_ids[segment.start : segment.start + segment.tokens]:
@@ -327,12 +287,30 @@ class TimedPrefillEngine:
         return states.tobytes()
 
     def _pass_s(self, segments: Sequence[Segment]) -> float:
-        cost = self.shape.step_cost
-        own_s = (
-            cost.token_s * segment.tokens + cost.pair_s * segment.tokens * (segment.start + segment.tokens / 2)
-            for segment in segments
-        )
-        return cost.pass_s + sum(own_s)
+        computes = any(self._own(segment) for segment in segments)
+        return (self.shape.step_cost.pass_s if computes else 0.0) + sum(map(self._segment_s, segments))
+
+    def _segment_s(self, segment: Segment) -> float:
+        cost, group = self.shape.step_cost, self._sequences[segment.request_id].group
+        pairs_s = cost.pair_s * segment.tokens * (segment.start + segment.tokens / 2)
+        return cost.token_s * len(self._own(segment)) + (pairs_s if group is None else pairs_s / group.size)
+
+    def _own(self, segment: Segment) -> range:
+        """Positions that are computed here."""
+        group = self._sequences[segment.request_id].group
+        return range(segment.start, segment.start + segment.tokens) if group is None else group.own(segment)
+
+    def _group_of(self, segments: Sequence[Segment]) -> TimedGroup | None:
+        """Raises: EngineError (two shared sequences)."""
+        groups = [self._sequences[segment.request_id].group for segment in segments]
+        shared = [group for group in groups if group is not None]
+        if len(shared) > 1:
+            raise EngineError("a pass takes one sequence that a group shares: two could wait for each other")
+        return shared[0] if shared else None
+
+    def _require_room(self, spec: RequestSpec, need: int) -> None:
+        if self.kv_used_tokens + need > self.shape.kv_capacity_tokens:
+            raise KvFull(f"{spec.request_id} needs {need} tokens of KV; {self.kv_used_tokens} are in use")
 
     def _stopped_with(self, request_id: RequestId) -> _Pass | None:
         for stopped in self._stopped:
@@ -351,11 +329,17 @@ class TimedPrefillEngine:
         if self._stopped_with(segment.request_id) is not None:
             raise EngineError(f"{segment.request_id} stands in a stopped pass: resume it")
         end = segment.start + segment.tokens
-        if segment.tokens < 1 or segment.start != sequence.computed or end > len(sequence.token_ids):
+        follows = sequence.group is not None and not sequence.group.leads
+        known = sequence.spec.kv_tokens if follows else len(sequence.token_ids)
+        if segment.tokens < 1 or segment.start != sequence.computed or end > known or (follows and segment.sample):
             raise EngineError(
                 f"{segment.request_id}: [{segment.start}, {end}) does not follow the {sequence.computed} computed"
-                f" of {len(sequence.token_ids)} known tokens"
+                f" of {known} known tokens"
             )
+
+
+def _last_state(states: bytes, before: int) -> int:
+    return int.from_bytes(states[-STATE_BYTES:], "little") if states else before
 
 
 # --- decode --------------------------------------------------------------------------------------
@@ -426,7 +410,7 @@ class TimedDecodeEngine:
         self.steps_started += 1
         self._in_step = frozenset(request_ids)
         try:
-            await _sleep_until(_now_s() + self._step_s(rows))
+            await sleep_until(now_s() + self._step_s(rows))
         finally:
             self._in_step = frozenset()
         if fails:
@@ -444,7 +428,7 @@ class TimedDecodeEngine:
     def _advance(self, row: _Row) -> Sampled:
         assert row.pending is not None  # checked at the start of the step
         row.state = chain(row.state, row.pending)
-        drawn = _sampled(row.spec, row.spec.generated_before + row.generated, row.state, self.shape)
+        drawn = sampled_token(row.spec, row.spec.generated_before + row.generated, row.state, self.shape)
         row.pending = drawn.token_id
         row.generated += 1
         return drawn
@@ -452,12 +436,12 @@ class TimedDecodeEngine:
     def _state_in(self, row: _Row) -> int:
         """The context's state, if all layers and heads tell the same; otherwise one that no context has."""
         told = {
-            _masked(bytes(buffer), _mask(layer, number))
+            masked(bytes(buffer), mask_of(layer, number))
             for layer, buffers in enumerate(row.buffers)
             for number, buffer in enumerate(buffers)
         }
         state = int.from_bytes(min(told)[-STATE_BYTES:], "little")
-        return state if len(told) == 1 else state ^ _WORD
+        return state if len(told) == 1 else state ^ WORD
 
     def _step_s(self, rows: Sequence[_Row]) -> float:
         cost = self.shape.step_cost
@@ -469,15 +453,6 @@ class TimedDecodeEngine:
         if row is None:
             raise EngineError(f"{request_id} has no KV here")
         return row
-
-
-def _require_valid(spec: RequestSpec, token_ids: Sequence[int], shape: TimedShape, *, already: bool) -> None:
-    if already:
-        raise EngineError(f"{spec.request_id} is open already")
-    if len(token_ids) != spec.prompt.tokens or not token_ids:
-        raise EngineError(f"{spec.request_id}: {len(token_ids)} token ids for a prompt of {spec.prompt.tokens}")
-    if min(token_ids) < 0 or max(token_ids) >= shape.vocab:
-        raise EngineError(f"{spec.request_id}: a token id is out of the vocabulary of {shape.vocab}")
 
 
 def make_timed_prefill_engine(settings: PrefillWorkerSettings) -> TimedPrefillEngine:

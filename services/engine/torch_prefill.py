@@ -3,6 +3,7 @@
 Two threads, of which one computes at a time: chunks of long prefills run at a lower priority of the
 operating system (`long_nice`), so that on a shared CPU the decode workers and other prefill workers,
 which serve shorts, go first. A stop takes effect between two steps; the loop thread only sets a flag.
+A pass with a shared sequence runs in step with the same pass on other workers (`sequence_parallel.py`).
 """
 
 from __future__ import annotations
@@ -18,17 +19,22 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from common.messages.cluster import StepCost
+from common.messages.groups import Announcement
 from common.messages.requests import RequestSpec
 from common.model_files import model_name
+from common.policy.sp_shares import head_shares, reserved_tokens
 from common.settings import PrefillWorkerSettings
 from common.units import RequestId
 from services.engine.batch import HeldSequence, pack
 from services.engine.calibrate import measure_step_cost
+from services.engine.collectives import GroupBroken, GroupShare, OnCalled
 from services.engine.convert import ensure_model
 from services.engine.interface import EngineError, EngineProfile, KvSink, LayerKv, PassResult, PrefillEngine, Segment
 from services.engine.kv_cache import KvShape, KvStore
 from services.engine.model import LoadedModel, load_model
 from services.engine.prefill import PassRun
+from services.engine.sequence_parallel import GroupPass
+from services.engine.shared_sequence import SharedSequence
 
 ROWS_MAX = 64
 """Sequences in one pass; a bound, far above what the token limits of a pass let through."""
@@ -80,6 +86,27 @@ class TorchPrefillEngine:
         return self._held(request_id).layer_tokens
 
     def open(self, spec: RequestSpec, token_ids: Sequence[int], sink: KvSink | None) -> None:
+        prompt = self._checked(spec, token_ids)
+        reserved = len(prompt) if sink is not None else len(prompt) + spec.max_tokens
+        kv = self._store.reserve(spec.request_id, reserved)
+        self._sequences[spec.request_id] = HeldSequence(spec, prompt, kv, sink)
+
+    def open_share(self, spec: RequestSpec, token_ids: Sequence[int], share: GroupShare, on_called: OnCalled) -> None:
+        prompt = self._checked(spec, token_ids)
+        name, kv_tokens, kv_heads = spec.request_id, len(prompt) + spec.max_tokens, self._model.kv_heads
+        heads = head_shares(self._model.query_heads, kv_heads, share.size)
+        mine = heads[share.rank]
+        if share.scheme == "ring":
+            kv = self._store.reserve(name, reserved_tokens(kv_tokens, share.size))
+        else:
+            charged = mine.reserved_tokens(kv_tokens, kv_heads)
+            kv = self._store.reserve(name, kv_tokens, kv_heads=mine.kv_heads, charged=charged)
+        held = self._sequences[name] = HeldSequence(spec, prompt, kv, None)
+        held.shared = SharedSequence(share, len(prompt), kv_tokens, heads)
+        held.shared.listen(name, on_called)
+
+    def _checked(self, spec: RequestSpec, token_ids: Sequence[int]) -> list[int]:
+        """The prompt. Raises: EngineError."""
         name = spec.request_id
         if name in self._sequences:
             raise EngineError(f"request {name} is already open")
@@ -93,15 +120,21 @@ class TorchPrefillEngine:
                 f"request {name}: {len(prompt)} prompt and {spec.max_tokens} new tokens exceed the context "
                 f"of {self._model.context_tokens}"
             )
-        reserved = len(prompt) if sink is not None else len(prompt) + spec.max_tokens
-        self._sequences[name] = HeldSequence(spec, prompt, self._store.reserve(name, reserved), sink)
+        return prompt
 
     async def run(self, segments: Sequence[Segment], *, background: bool = False) -> PassResult:
         self._refuse_if_running()
         if len(segments) > ROWS_MAX:
             raise EngineError(f"a pass of {len(segments)} segments, at most {ROWS_MAX} are allowed")
         held = [(self._held(segment.request_id), segment) for segment in segments]
-        batch = pack(held, self._model.device)
+        shared = [(each, segment) for each, segment in held if each.shared is not None]
+        if len(shared) > 1:
+            raise EngineError("a pass takes one sequence that a group shares: two could wait for each other")
+        group = None
+        for each, segment in shared:
+            assert each.shared is not None
+            group = GroupPass(each.shared, segment.start, segment.tokens, self._stop_wanted.is_set)
+        batch = pack(held, self._model.device, group)
         return await self._drive(PassRun(self._model, batch, background=background))
 
     async def resume(self, request_id: RequestId) -> PassResult:
@@ -126,9 +159,11 @@ class TorchPrefillEngine:
             in_pass.drop(sequence)
         del self._sequences[request_id]
         self._store.free(request_id)
+        if sequence.shared is not None:
+            sequence.shared.share.link.close()
 
     async def shutdown(self) -> None:
-        self.stop()
+        self._give_up()
         await self._idle.wait()
         for request_id in list(self._sequences):
             self.close(request_id)
@@ -149,38 +184,65 @@ class TorchPrefillEngine:
         """Let a thread compute until the pass ends or is stopped. A caller that is cancelled stops the
         pass and leaves when its step is done: no thread ever computes without somebody waiting."""
         loop = asyncio.get_running_loop()
+        group = pass_run.group
+        announcement = None
+        if group is not None:
+            try:
+                announcement = group.agreed(pass_run.steps_done)
+                group.link.begin()
+            except GroupBroken:
+                pass_run.release()
+                raise
         self._stop_wanted.clear()
         self._idle.clear()
         self._running = pass_run
         executor = self._background if pass_run.background else self._foreground
-        computing = loop.run_in_executor(executor, self._compute, pass_run, loop)
+        computing = loop.run_in_executor(executor, self._compute, pass_run, announcement, loop)
         try:
             await asyncio.wait([computing])
         except asyncio.CancelledError:
-            self._stop_wanted.set()
+            self._give_up()
             await _ended(computing)
             raise
         finally:
             self._running = None
             self._idle.set()
+            if group is not None:
+                group.link.end()
         return computing.result()
 
-    def _compute(self, pass_run: PassRun, loop: asyncio.AbstractEventLoop) -> PassResult:
+    def _give_up(self) -> None:
+        """End the running pass at once, also where other ranks would have to agree: that breaks the group."""
+        self.stop()
+        if self._running is not None and self._running.group is not None:
+            self._running.group.link.abort()
+
+    def _compute(
+        self, pass_run: PassRun, announcement: Announcement | None, loop: asyncio.AbstractEventLoop
+    ) -> PassResult:
         """In a compute thread: steps until the end or a stop."""
         begun = ended = time.monotonic()
+        group = pass_run.group
         try:
             with torch.inference_mode():
+                if group is not None and announcement is not None:
+                    group.open(announcement)
                 while not pass_run.finished:
                     pass_run.step()
                     ended = time.monotonic()
                     if pieces := pass_run.layer_kv(pass_run.steps_done - 1):
                         loop.call_soon_threadsafe(_deliver, pieces)
-                    if self._stop_wanted.is_set():
+                    if self._stop_wanted.is_set() if group is None else group.stopping:
                         break
+                if group is not None:
+                    group.close()
                 sampled = pass_run.settle() if pass_run.finished else ()
         except Exception as error:
             pass_run.release()
-            raise EngineError(f"the pass failed after {pass_run.steps_done} steps: {error}") from error
+            if group is not None:
+                group.link.abort()  # before anybody waits for this rank
+            kind = GroupBroken if isinstance(error, GroupBroken) else EngineError
+            raise kind(f"the pass failed after {pass_run.steps_done} steps: {error}") from error
         return PassResult(
             finished=pass_run.finished,
             steps_done=pass_run.steps_done,

@@ -29,6 +29,7 @@ from services.engine.transport_frames import (
     StreamAccepted,
     StreamVerified,
     admit,
+    listen,
 )
 from services.engine.transport_frames import StreamRefused as StreamRefusedFrame
 from services.engine.transport_send import Link, OutgoingStream
@@ -259,18 +260,6 @@ def open_data_plane(
     silence on a transfer. The factory raises: OSError, if the address cannot be bound."""
 
     def make(receiver: KvReceiver | None) -> TcpDataPlane:
-        family, kind, protocol, _, target = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(target)
-            listener.listen(128)
-            listener.setblocking(False)
-        except OSError:
-            listener.close()
-            raise
-        return TcpDataPlane(receiver, listener, secret=secret, silence_s=transfer_s)
+        return TcpDataPlane(receiver, listen(host, port), secret=secret, silence_s=transfer_s)
 
     return make

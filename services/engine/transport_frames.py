@@ -130,6 +130,10 @@ class Channel:
     def close(self) -> None:
         self._sock.close()
 
+    def release(self) -> socket.socket:
+        """The socket, which is the caller's now; the channel is as good as closed."""
+        return socket.socket(fileno=self._sock.detach())
+
     async def send(self, frame: Message, payload: Sequence[memoryview] = ()) -> int:
         """Returns the number of payload bytes. Raises: ConnectionBroken."""
         data = encode(frame)
@@ -171,7 +175,7 @@ class Channel:
                 raise ConnectionBroken(f"connection lost: {error}") from error
             if count == 0:
                 raise ConnectionBroken("connection closed by the peer")
-            _advance(rest, count)
+            advance(rest, count)
 
     async def _receive_some(self, view: memoryview, patience_s: float | None) -> int:
         try:
@@ -201,7 +205,7 @@ class Channel:
                 count = len(part)
             except OSError as error:
                 raise ConnectionBroken(f"connection lost: {error}") from error
-            _advance(rest, count)
+            advance(rest, count)
 
     async def _send_part(self, data: memoryview) -> None:
         try:
@@ -213,7 +217,7 @@ class Channel:
             raise ConnectionBroken(f"connection lost: {error}") from error
 
 
-def _advance(rest: list[memoryview], count: int) -> None:
+def advance(rest: list[memoryview], count: int) -> None:
     """Take the first `count` bytes off."""
     done = 0
     while done < len(rest) and count >= len(rest[done]):
@@ -259,3 +263,43 @@ async def admit(channel: Channel, secret: str) -> None:
         await channel.send(Farewell(reason=reason))
         raise ConnectionBroken(reason)
     await channel.send(Welcome(proof=_proof(secret, b"listen", challenge, hello.nonce)))
+
+
+async def dial(address: str, silence_s: float) -> Channel:
+    """Connect to host:port. Raises: ConnectionBroken."""
+    loop = asyncio.get_running_loop()
+    host, _, port = address.rpartition(":")
+    sock: socket.socket | None = None
+    try:
+        async with asyncio.timeout(silence_s):
+            infos = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+            family, kind, protocol, _, target = infos[0]
+            sock = socket.socket(family, kind, protocol)
+            sock.setblocking(False)
+            await loop.sock_connect(sock, target)
+    except (OSError, ValueError) as error:  # TimeoutError is an OSError
+        if sock is not None:
+            sock.close()
+        raise ConnectionBroken(f"cannot connect: {str(error) or type(error).__name__}") from error
+    except asyncio.CancelledError:
+        if sock is not None:
+            sock.close()
+        raise
+    return Channel(sock, silence_s=silence_s)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there (port 0: any free one). Raises: OSError."""
+    family, kind, protocol, _, target = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(target)
+        listener.listen(128)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener

@@ -7,7 +7,6 @@ pieces leave only after the peer accepted it; what is pushed before waits here, 
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections import deque
 from collections.abc import Callable
 
@@ -26,6 +25,7 @@ from services.engine.transport_frames import (
     StreamAccepted,
     StreamRefused,
     StreamVerified,
+    dial,
     greet,
 )
 
@@ -188,7 +188,7 @@ class Link:
         reason, peer_lost = "the data plane was closed", False
         channel: Channel | None = None
         try:
-            channel = await self._connect()
+            channel = await dial(self.address, self._silence_s)
             await greet(channel, self._secret)
             await self._until_broken(channel)
         except ConnectionBroken as error:
@@ -201,27 +201,6 @@ class Link:
                 stream.fail(reason, peer_lost=peer_lost)
             self._streams.clear()
             self._turns.clear()
-
-    async def _connect(self) -> Channel:
-        loop = asyncio.get_running_loop()
-        host, _, port = self.address.rpartition(":")
-        sock: socket.socket | None = None
-        try:
-            async with asyncio.timeout(self._silence_s):
-                infos = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-                family, kind, protocol, _, target = infos[0]
-                sock = socket.socket(family, kind, protocol)
-                sock.setblocking(False)
-                await loop.sock_connect(sock, target)
-        except (OSError, ValueError) as error:  # TimeoutError is an OSError
-            if sock is not None:
-                sock.close()
-            raise ConnectionBroken(f"cannot connect: {str(error) or type(error).__name__}") from error
-        except asyncio.CancelledError:
-            if sock is not None:
-                sock.close()
-            raise
-        return Channel(sock, silence_s=self._silence_s)
 
     async def _until_broken(self, channel: Channel) -> None:
         """Raises: ConnectionBroken."""

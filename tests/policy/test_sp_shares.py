@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.policy.sp_shares import Shares, append_rank, chunk_bounds, owned_tokens, reserved_tokens
+from common.policy.sp_shares import Shares, append_rank, chunk_bounds, head_shares, owned_tokens, reserved_tokens
 
 DEGREES = st.integers(1, 9)
 CHUNKS = st.lists(st.integers(0, 40), max_size=12)
@@ -17,7 +19,7 @@ def test_parts_are_contiguous_even_and_the_rest_goes_to_who_owns_the_fewest(degr
     for tokens in chunks:
         before = list(shares.owned)
         bounds = shares.take(tokens)
-        parts = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
+        parts = [end - begin for begin, end in pairwise(bounds)]
         assert (bounds[0], bounds[-1], len(bounds)) == (0, tokens, degree + 1)
         assert max(parts) - min(parts) <= 1
         larger = {rank for rank in range(degree) if parts[rank] > tokens // degree}
@@ -47,3 +49,30 @@ def test_by_example() -> None:
     assert shares.owned == [3, 2, 2]
     assert [shares.append() for _ in range(4)] == [1, 2, 0, 1]
     assert repr(shares) == "Shares([4, 4, 3])"
+
+
+@given(st.integers(1, 8), st.integers(1, 6), DEGREES)
+def test_every_query_head_has_one_rank_which_holds_its_kv_head(kv_heads: int, group: int, degree: int) -> None:
+    shares = head_shares(kv_heads * group, kv_heads, degree)
+    assert len(shares) == degree
+    served = [head for share in shares for head in range(*share.query)]
+    assert served == list(range(kv_heads * group))
+    for share in shares:
+        assert {head // group for head in range(*share.query)} == set(range(*share.kv))
+        assert share.query_heads % max(1, share.kv_heads) == 0  # as many to each: what the kernels need
+    if degree <= kv_heads:
+        assert max(share.kv_heads for share in shares) - min(share.kv_heads for share in shares) <= 1
+
+
+def test_heads_by_example() -> None:
+    assert [(s.kv, s.query) for s in head_shares(9, 3, 2)] == [((0, 2), (0, 6)), ((2, 3), (6, 9))]
+    replicated = head_shares(9, 3, 4)
+    assert [(s.kv, s.query) for s in replicated] == [
+        ((0, 1), (0, 2)),
+        ((0, 1), (2, 3)),
+        ((1, 2), (3, 6)),
+        ((2, 3), (6, 9)),
+    ]
+    assert [s.reserved_tokens(100, 3) for s in replicated] == [34, 34, 34, 34]
+    idle = head_shares(4, 4, 5)[1]
+    assert (idle.kv_heads, idle.query_heads, idle.reserved_tokens(100, 4)) == (0, 0, 0)

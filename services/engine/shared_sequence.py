@@ -1,0 +1,60 @@
+"""What one rank knows of a sequence that a group of workers computes: its share, and the passes it is called to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.messages.groups import Announcement
+from common.policy.sp_shares import HeadShare, chunk_bounds
+from common.units import RequestId
+from services.engine.collectives import GroupBroken, GroupShare, OnCalled
+
+
+@dataclass(slots=True, eq=False)
+class SharedSequence:
+    """On the event loop's thread, but for what never changes."""
+
+    share: GroupShare
+    prompt_tokens: int
+    kv_tokens: int
+    """Prompt and new tokens, at most; of the whole sequence."""
+    heads: tuple[HeadShare, ...] = ()
+    """Of all ranks; used where heads are split."""
+    passes: int = 0
+    """Rank 0: passes begun or resumed."""
+    called: Announcement | None = None
+    """Follower: the pass it was called to and has not begun."""
+
+    def listen(self, request_id: RequestId, on_called: OnCalled) -> None:
+        """From now on tell of rank 0's calls."""
+
+        def heard(announcement: Announcement) -> None:
+            self.called = announcement
+            on_called(request_id, announcement)
+
+        self.share.link.on_call(heard)
+
+    def bounds(self, start: int, tokens: int) -> tuple[int, ...]:
+        """Who computes which of these tokens, counted from `start`: a part of the prompt each, or rank 0 the one
+        token drawn."""
+        if start >= self.prompt_tokens:
+            return (0, *[tokens] * self.share.size)
+        return chunk_bounds(start, tokens, self.share.size)
+
+    def agreed(self, start: int, tokens: int, step: int) -> Announcement:
+        """A pass of these tokens begins, or goes on from this step: what rank 0 announces, or has announced.
+        Raises: GroupBroken (this follower was called to another)."""
+        if self.share.rank == 0:
+            self.passes += 1
+            return Announcement(
+                pass_no=self.passes,
+                kind="chunk" if start < self.prompt_tokens else "row",
+                start=start,
+                tokens=tokens,
+                step=step,
+            )
+        called, self.called = self.called, None
+        if called is None or (called.start, called.tokens, called.step) != (start, tokens, step):
+            self.share.link.abort()
+            raise GroupBroken(f"called to {called}, not to tokens [{start}, {start + tokens}) from step {step}")
+        return called
