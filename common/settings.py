@@ -126,6 +126,7 @@ class SchedulerSettings(CommonSettings, frozen=True, kw_only=True):
         192
     )
     batch_tokens_max: Annotated[Count, Meta(description="tokens of shorts in hand at one replica")] = 1_024
+    group_max: Annotated[int, Meta(ge=1, le=64, description="prefill workers that may share one long prompt")] = 1
 
 
 class CoordinatorSettings(CommonSettings, frozen=True, kw_only=True):
@@ -156,6 +157,10 @@ class PrefillWorkerSettings(WorkerSettings, frozen=True, kw_only=True):
     colocated_tokens_max: Annotated[Count, Meta(description="short tokens that share a step with a long's decode")] = (
         192
     )
+    silence_s: Annotated[
+        Duration, Meta(description="longest silence of another worker in a pass of a long that both compute")
+    ] = 5.0
+    join_s: Annotated[Duration, Meta(description="how long workers that are to share a long wait for each other")] = 4.0
     long_nice: Annotated[
         int, Meta(ge=0, le=19, description="niceness of the thread that prefills longs (CPU): shorts come first")
     ] = 10

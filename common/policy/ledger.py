@@ -24,7 +24,7 @@ from common.policy.decisions import SchedulingPolicy
 from common.policy.fifo import FifoPolicy
 from common.policy.invariants import check_books
 from common.policy.lifecycle import IN_GROUP, LONG_TRANSITIONS, SHORT_TRANSITIONS, STANDING_LONG, RequestState
-from common.policy.long_planner import LongPlanner, SingleReplicaPlanner
+from common.policy.long_planner import LongPlanner, MeasuredPlanner
 from common.policy.pecsched import PecSchedPolicy
 from common.policy.priority import PriorityPolicy
 from common.policy.reservation import ReservationPolicy
@@ -62,7 +62,7 @@ class Ledger:
         self.config = config
         self.epoch = epoch
         self.cluster = Cluster()
-        self.planner = SingleReplicaPlanner(self.cluster) if planner is None else planner
+        self.planner = MeasuredPlanner(self.cluster) if planner is None else planner
         self.policy = make_policy(config, self.planner)
         self.counters: Counter[str] = Counter()
         self.stories = StoryLog()

@@ -86,6 +86,16 @@ def layout_of(cluster: Cluster, members: tuple[WorkerId, ...]) -> Layout:
     return tuple(sorted(sizes.values(), reverse=True))
 
 
+def in_rank_order(cluster: Cluster, members: tuple[WorkerId, ...]) -> tuple[tuple[WorkerId, ...], tuple[str, ...]]:
+    """The members of a group and where they reach each other. Live workers stand in the same order in all groups, by
+    name: then groups that overlap cannot wait for each other in a circle (`services/engine/collectives.py`)."""
+    addresses = {worker_id: cluster.replicas[worker_id].profile.group_address for worker_id in members}
+    if len(members) == 1 or not all(addresses.values()):
+        return members, ()
+    ordered = sorted(addresses)
+    return tuple(ordered), tuple(addresses[worker_id] for worker_id in ordered)
+
+
 def group_for_long(
     cluster: Cluster,
     config: SchedulerConfig,

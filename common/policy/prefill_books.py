@@ -13,12 +13,14 @@ from common.messages.prefill import RunPrefill
 from common.messages.sp import LoadSegment
 from common.policy.core import InvariantViolated
 from common.policy.prefill_events import (
+    BreakShare,
     HandoffTarget,
     OpenSequence,
     PassSegment,
     PrefillWorkerConfig,
     ResumePass,
     RunPass,
+    SequenceShare,
     StopPass,
 )
 from common.policy.prefill_jobs import Job, LongJob, LongState, ShortJob, ShortState, Verdict
@@ -34,6 +36,7 @@ class RunningPass:
     kind: PassKind
     segments: tuple[PassSegment, ...]
     stopping: bool = False
+    breaking: bool = False
 
     def __contains__(self, request_id: RequestId) -> bool:
         return any(segment.request_id == request_id for segment in self.segments)
@@ -101,7 +104,7 @@ class PrefillBooks:
                 self.out.segment_failed(spec.request_id, spec.attempt, refusal)
             return
         place, story = self.next_place(), partial(self.story, spec.request_id)
-        handoff = None
+        handoff = share = None
         if isinstance(order, RunPrefill):
             if spec.max_tokens > 1 and order.decode_worker_id != order.worker_id:
                 handoff = HandoffTarget(worker_id=order.decode_worker_id, address=order.decode_address)
@@ -109,17 +112,27 @@ class PrefillBooks:
                 spec, place, story, handoff=handoff, exclusive=order.exclusive, received_s=self.now_s
             )
         else:
-            self.jobs[spec.request_id] = LongJob(spec, place, story)
-        self.out.do(OpenSequence(spec=spec, handoff=handoff))
+            size = len(order.members)
+            self.jobs[spec.request_id] = LongJob(spec, place, story, rank=order.rank, size=size, scheme=order.scheme)
+            if size > 1:
+                share = SequenceShare(rank=order.rank, scheme=order.scheme, addresses=order.addresses)
+        self.out.do(OpenSequence(spec=spec, handoff=handoff, share=share))
 
     def _refusal(self, order: RunPrefill | LoadSegment) -> Verdict | None:
         if len(self.jobs) >= self.config.requests_max:
             return Verdict("failed", f"{self.config.requests_max} requests are in hand already")
-        if isinstance(order, LoadSegment) and (
-            order.members != (self.config.worker_id,)
-            or [(part.start, part.tokens) for part in order.parts] != [(0, order.spec.prompt.tokens)]
-        ):
-            return Verdict("failed", "this worker prefills a long alone or not at all", retryable=False)
+        if isinstance(order, LoadSegment):
+            return self._misplaced(order)
+        return None
+
+    def _misplaced(self, order: LoadSegment) -> Verdict | None:
+        members, size = order.members, len(order.members)
+        if not 0 <= order.rank < size or members[order.rank] != self.config.worker_id or len(set(members)) < size:
+            return Verdict("failed", f"this worker is not rank {order.rank} of {members}", retryable=False)
+        if size > 1 and len(order.addresses) != size:
+            return Verdict("failed", f"{len(order.addresses)} addresses for {size} ranks", retryable=False)
+        if [(part.start, part.tokens) for part in order.parts] != [(0, order.spec.prompt.tokens)]:
+            return Verdict("failed", "a rank needs the whole prompt: each chunk is dealt out anew", retryable=False)
         return None
 
     # --- ending ---
@@ -131,7 +144,9 @@ class PrefillBooks:
 
     def settle(self, job: ShortJob | LongJob) -> None:
         if self.running is not None and self.in_pass(job):
-            if self.running.kind == "chunk":
+            if isinstance(job, LongJob) and job.is_shared and self.running.kind == "chunk":
+                self._break_share(job)
+            elif self.running.kind == "chunk":
                 self.stop_pass()
             return
         if isinstance(job, LongJob):
@@ -182,6 +197,7 @@ class PrefillBooks:
     def start_next_pass(self) -> None:
         if self.running is not None:
             return
+        self._refuse_wrong_calls()
         plan = next_pass(self.config, self.shorts(), self.longs(), self.last_kind)
         if plan is None:
             return
@@ -195,6 +211,28 @@ class PrefillBooks:
         for segment in plan.segments:
             self._started(self.jobs[segment.request_id], segment)
 
+    def _refuse_wrong_calls(self) -> None:
+        """Rank 0 calls to what does not follow from what was done here: one of the two has lost count."""
+        for long in self.longs():
+            call, expected = long.called, long.expected
+            if call is None or expected is None or long.verdict is not None:
+                continue
+            same = (call.kind, call.start, call.step) == (expected.kind, expected.start, expected.step)
+            fits = call.tokens == expected.tokens or (call.step == 0 and 0 < call.tokens < expected.tokens)
+            if not (same and fits):
+                self.end(long, Verdict("failed", f"called to {call}, which does not follow: {expected} would"))
+
+    def answer_runs(self) -> None:
+        """Followers that were told to run say so when nothing stands between them and a call."""
+        for long in self.longs():
+            if long.owes_running and not any(self._goes_before(short, long) for short in self.shorts()):
+                long.owes_running = False
+                self.out.segment_running(long)
+
+    def _goes_before(self, short: ShortJob, long: LongJob) -> bool:
+        earlier = not long.started and short.order < long.order
+        return short.state is ShortState.RUNNING or (short.state is ShortState.READY and (short.begun or earlier))
+
     def _started(self, job: Job, segment: PassSegment) -> None:
         if isinstance(job, ShortJob):
             if job.state is ShortState.DECODING:
@@ -203,7 +241,11 @@ class PrefillBooks:
             if not job.started:
                 job.started = True
                 self.out.prefill_started(job, self.now_s - job.received_s)
-        elif isinstance(job, LongJob) and job.state is LongState.RUNNING:
+            return
+        assert isinstance(job, LongJob)
+        job.called = None
+        job.row_pass_id = self._passes
+        if job.state is LongState.RUNNING:
             job.started = True
             job.chunk_tokens = segment.tokens
             if job.running_since_s is None:
@@ -213,6 +255,12 @@ class PrefillBooks:
         if self.running is not None and not self.running.stopping:
             self.running.stopping = True
             self.out.do(StopPass(pass_id=self.running.pass_id))
+
+    def _break_share(self, job: LongJob) -> None:
+        """A pass that waits for another rank cannot be stopped, only broken."""
+        if self.running is not None and not self.running.breaking:
+            self.running.breaking = True
+            self.out.do(BreakShare(request_id=job.request_id, attempt=job.attempt))
 
     def story(self, request_id: RequestId) -> list[str]:
         """Oldest first, from a bounded log."""
@@ -226,7 +274,8 @@ class PrefillBooks:
             in_pass = self.in_pass(job)
             self._require(job.request_id == request_id, job, "is filed under another name")
             self._require(0 <= job.prefilled <= job.spec.prompt.tokens, job, f"has {job.prefilled} tokens prefilled")
-            self._require(job.generated < job.spec.max_tokens, job, f"generated {job.generated}")
+            follows = isinstance(job, LongJob) and job.follows  # it hears of the last token when it is drawn
+            self._require(job.generated < job.spec.max_tokens + follows, job, f"generated {job.generated}")
             if isinstance(job, ShortJob):
                 decodes = job.state is ShortState.DECODING
                 agree = decodes or in_pass == (job.state is ShortState.RUNNING)
@@ -242,8 +291,12 @@ class PrefillBooks:
             left = next_pass(self.config, self.shorts(), self.longs(), self.last_kind)
             if left is not None:
                 raise InvariantViolated(f"the engine idles while {left} could run")
-        elif any(segment.request_id not in self.jobs for segment in self.running.segments):
+            return
+        held = [self.jobs.get(segment.request_id) for segment in self.running.segments]
+        if None in held:
             raise InvariantViolated(f"{self.running} has a request that is gone")
+        if sum(isinstance(job, LongJob) and job.is_shared for job in held) > 1:
+            raise InvariantViolated(f"{self.running} has more than one shared sequence")
 
     def _require(self, holds: bool, job: Job, what: str) -> None:
         if not holds:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from common.messages.base import Record
 from common.messages.cluster import StepCost
 from common.messages.decode import DecodeFailed, DecodeFinished, DecodeStarted
+from common.messages.groups import Announcement, SequenceScheme
 from common.messages.locations import KvLocation
 from common.messages.prefill import (
     DropRequest,
@@ -67,12 +68,22 @@ class HandoffTarget(Record, frozen=True, kw_only=True):
     """host:port of its data plane."""
 
 
+class SequenceShare(Record, frozen=True, kw_only=True):
+    """One worker's part in a group that computes a sequence."""
+
+    rank: int
+    scheme: SequenceScheme
+    addresses: tuple[str, ...]
+    """Of all ranks, in their order."""
+
+
 class OpenSequence(Record, frozen=True, kw_only=True):
     """Fetch the prompt and reserve KV. Ends in `SequenceOpened` or `OpenFailed`. With a target, the stream to it
-    begins with the first layer computed."""
+    begins with the first layer computed; with a share, the other ranks of the group are met first."""
 
     spec: RequestSpec
     handoff: HandoffTarget | None
+    share: SequenceShare | None = None
 
 
 class CloseSequence(Record, frozen=True, kw_only=True):
@@ -112,6 +123,14 @@ class StopPass(Record, frozen=True, kw_only=True):
     """Let the pass end after the step it is in."""
 
     pass_id: int
+
+
+class BreakShare(Record, frozen=True, kw_only=True):
+    """End the running pass of this shared sequence, which may wait for another rank: it ends in `PassFailed`, here and
+    on the others."""
+
+    request_id: RequestId
+    attempt: Attempt
 
 
 class FinishHandoff(Record, frozen=True, kw_only=True):
@@ -157,6 +176,14 @@ class OpenFailed(Record, frozen=True, kw_only=True):
     attempt: Attempt
     reason: str
     retryable: bool = True
+
+
+class GroupCalled(Record, frozen=True, kw_only=True):
+    """Rank 0 of a group has begun a pass that needs this worker."""
+
+    request_id: RequestId
+    attempt: Attempt
+    announcement: Announcement
 
 
 class SampledToken(Record, frozen=True, kw_only=True):
@@ -210,7 +237,14 @@ PrefillOrder = RunPrefill | DropRequest | LoadSegment | RunSegment | PauseSegmen
 """What comes over the bus."""
 
 PrefillLocalEvent = (
-    SequenceOpened | OpenFailed | PassFinished | PassStopped | PassFailed | HandoffFinished | HandoffFailed
+    SequenceOpened
+    | OpenFailed
+    | GroupCalled
+    | PassFinished
+    | PassStopped
+    | PassFailed
+    | HandoffFinished
+    | HandoffFailed
 )
 
 PrefillEvent = PrefillOrder | PrefillLocalEvent | TimePassed
@@ -229,6 +263,7 @@ PrefillCommand = (
     | RunPass
     | ResumePass
     | StopPass
+    | BreakShare
     | FinishHandoff
     | AbortHandoff
     | PlaceKv

@@ -4,6 +4,9 @@ A short is opened (prompt fetched, KV reserved), waits its turn, runs in one or 
 decodes here (no disaggregation); what it leaves early goes through `aborting` where a stream must end first. A long
 is loaded, runs, is paused and runs again, and decodes here. Both can end in every state; while an effect is under way
 (opening, a pass, a stream) the end waits for the effect's own event, remembered as the job's `verdict`.
+
+A long may be *shared*: this worker is one rank of the group that computes it. Rank 0 runs it as any other long. A
+follower counts the same tokens and steps, runs what it is called to and nothing else, and draws nothing.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ from enum import StrEnum
 from typing import Literal
 
 from common.messages.cluster import Holding, HoldingPhase
+from common.messages.groups import Announcement, SequenceScheme
 from common.messages.prefill import RunPrefill
 from common.messages.requests import FinishReason, RequestSpec
 from common.messages.sp import LoadSegment
+from common.policy import sp_shares
 from common.policy.prefill_events import HandoffTarget
 from common.policy.story import Story
 from common.policy.transitions import Table, require_legal
@@ -178,14 +183,45 @@ class LongJob(Job):
     """Steps done of that chunk."""
     steps: int = 0
     """Steps of finished chunks."""
+    rank: int = 0
+    size: int = 1
+    """Of its group."""
+    scheme: SequenceScheme = "ring"
+    called: Announcement | None = None
+    """Follower: the pass that rank 0 has begun and that has not begun here."""
+    owes_running: bool = False
+    """Follower: told to run, and a short stands in the way."""
+    row_pass_id: int = 0
+    """Shared: the last pass in which it had a row."""
     running_since_s: float | None = None
     """Start of its first pass since it was last told to run."""
     pause_received_s: float = 0.0
     last_pause_latency_s: float = 0.0
 
     @property
+    def is_shared(self) -> bool:
+        return self.size > 1
+
+    @property
+    def follows(self) -> bool:
+        return self.rank > 0
+
+    @property
     def kv_tokens(self) -> int:
-        return self.spec.kv_tokens
+        """Of this rank. (Where heads are split, all tokens, for some of the heads.)"""
+        if not self.is_shared or self.scheme != "ring":
+            return self.spec.kv_tokens
+        return sp_shares.reserved_tokens(self.spec.kv_tokens, self.size)
+
+    @property
+    def expected(self) -> Announcement | None:
+        """Follower: what it may be called to as it stands, with its own count of passes. None: to nothing."""
+        if self.state is L.DECODING:
+            return Announcement(pass_no=1, kind="row", start=self.next_position, tokens=1, step=0)
+        if self.state in (L.LOADING, L.GONE):
+            return None
+        tokens = self.chunk_tokens if self.chunk_steps else self.remaining
+        return Announcement(pass_no=1, kind="chunk", start=self.prefilled, tokens=tokens, step=self.chunk_steps)
 
     @property
     def steps_done(self) -> int:

@@ -21,6 +21,7 @@ from common.messages.sp import (
 )
 from common.policy.prefill_events import (
     AbortHandoff,
+    BreakShare,
     CloseSequence,
     FinishHandoff,
     ForgetKv,
@@ -55,7 +56,7 @@ class Outbox:
         return commands
 
     def do(self, command: PrefillCommand) -> None:
-        if isinstance(command, RunPass | ResumePass | StopPass):
+        if isinstance(command, RunPass | ResumePass | StopPass | BreakShare):
             self._passes.append(command)
         else:
             self._rest.append(command)

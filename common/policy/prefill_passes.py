@@ -12,6 +12,11 @@ In order:
    between two such shorts (or packs of them).
 5. Otherwise shorts, first come first served, packed into one ragged batch of `batch_tokens_max`; one that is longer
    is split over several passes.
+
+Of shared longs (see `prefill_jobs.py`) a pass has one at most, since all ranks must take them in the same order. A
+follower's chunk or row is there when rank 0 has called it, and then stands where one of its own would; between two
+chunks it holds back shorts all the same, and between two rows it takes of shorts only `colocated_tokens_max`, since
+rank 0 waits for it.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal
 
+from common.messages.cluster import StepCost
 from common.policy import costs
 from common.policy.prefill_events import PassSegment, PrefillWorkerConfig
 from common.policy.prefill_jobs import LongJob, LongState, ShortJob, ShortState
@@ -45,22 +51,33 @@ def next_pass(
     """What to run now; None: nothing to do. Called when no pass runs."""
     ready = sorted((short for short in shorts if short.state is ShortState.READY), key=_turn)
     held = list(longs)
-    rows: list[ShortJob | LongJob] = [long for long in held if long.state is LongState.DECODING]
+    decoding = [long for long in held if long.state is LongState.DECODING]
+    rows: list[ShortJob | LongJob] = [*(long for long in decoding if not long.is_shared), *_shared_row(decoding)]
     alone = _alone(ready, last_kind) if rows else []
     rows += [short for short in shorts if short.state is ShortState.DECODING]
     long = running_long(held, ready)
-    if long is not None and not (rows and last_kind == "chunk"):
+    if long is not None and _is_there(long) and not (rows and last_kind == "chunk"):
         return _chunk(config, long)
     rows_left = max(0, config.rows_max - len(rows))
     if long is None and alone and rows_left:
         packed = pack(alone[:rows_left], config.batch_tokens_max, split_any=False)
         return PassPlan(kind="shorts", segments=packed)
     if rows:
-        return _decode(config, rows, [] if long is not None else ready[:rows_left])
-    if ready:
-        packed = pack(ready[: config.rows_max], config.batch_tokens_max, split_any=False)
-        return PassPlan(kind="shorts", segments=packed)
+        return _decode(config, rows, [] if long is not None else ready[:rows_left], long_decodes=bool(decoding))
+    if ready and long is None:
+        return _shorts(config, ready[: config.rows_max], long_decodes=bool(decoding))
     return None
+
+
+def _is_there(long: LongJob) -> bool:
+    """Whether a pass of it can begin."""
+    return not long.follows or long.called is not None
+
+
+def _shared_row(decoding: Sequence[LongJob]) -> list[LongJob]:
+    """At most one of those that could have a row now: they take turns."""
+    ready = [long for long in decoding if long.is_shared and _is_there(long)]
+    return [min(ready, key=lambda long: long.row_pass_id)] if ready else []
 
 
 def _alone(ready: Sequence[ShortJob], last_kind: PassKind | None) -> list[ShortJob]:
@@ -71,25 +88,36 @@ def _alone(ready: Sequence[ShortJob], last_kind: PassKind | None) -> list[ShortJ
     return list(takewhile(lambda short: short.exclusive, ready))
 
 
-def _decode(config: PrefillWorkerConfig, rows: list[ShortJob | LongJob], ready: Sequence[ShortJob]) -> PassPlan:
+def _shorts(config: PrefillWorkerConfig, ready: Sequence[ShortJob], *, long_decodes: bool) -> PassPlan:
+    """Shorts and nothing else, though rank 0 may call for the row of a long that decodes here."""
+    room, split_any = config.batch_tokens_max, False
+    if long_decodes and not ready[0].exclusive:
+        room, split_any = config.colocated_tokens_max, True
+        ready = list(takewhile(lambda short: not short.exclusive, ready))
+    return PassPlan(kind="shorts", segments=pack(ready, room, split_any=split_any))
+
+
+def _decode(
+    config: PrefillWorkerConfig, rows: list[ShortJob | LongJob], ready: Sequence[ShortJob], *, long_decodes: bool
+) -> PassPlan:
     """One token for everything that decodes, and what shorts may share that step."""
     room = config.batch_tokens_max
-    long_decodes = any(isinstance(row, LongJob) for row in rows)
     if long_decodes:
         room = config.colocated_tokens_max
         ready = list(takewhile(lambda short: not short.exclusive, ready))
-    # Fewest tokens first: more rows than the engine takes (never seen) would take turns.
-    rows.sort(key=lambda row: row.generated)
+    # Fewest tokens first: more rows than the engine takes (never seen) would take turns. Rank 0 waits for no turn.
+    rows.sort(key=lambda row: (not (isinstance(row, LongJob) and row.is_shared), row.generated))
     segments = tuple(_row(row) for row in rows[: config.rows_max])
     return PassPlan(kind="decode", segments=segments + pack(ready, room, split_any=long_decodes))
 
 
 def running_long(longs: Sequence[LongJob], ready: Sequence[ShortJob]) -> LongJob | None:
-    """The long whose turn it is to prefill. `ready`: shorts that wait, in their order."""
+    """The long whose turn it is to prefill, also if rank 0 has not called it yet. `ready`: shorts that wait, in their
+    order."""
     running = [long for long in longs if long.state is LongState.RUNNING]
     if not running or any(short.begun for short in ready):
         return None
-    first = min(running, key=lambda long: (not long.started, long.order))
+    first = min(running, key=lambda long: (long.called is None, not _is_there(long), not long.started, long.order))
     if not first.started and any(short.order < first.order for short in ready):
         return None
     return first
@@ -115,22 +143,33 @@ def pack(ready: Sequence[ShortJob], room: int, *, split_any: bool) -> tuple[Pass
 
 
 def _chunk(config: PrefillWorkerConfig, long: LongJob) -> PassPlan:
+    resumed = long if long.chunk_tokens else None
+    if long.called is not None:
+        call = long.called
+        joined = PassSegment(request_id=long.request_id, start=call.start, tokens=call.tokens, sample=False)
+        return PassPlan(kind="chunk", segments=(joined,), resumed=resumed)
     fitting = costs.chunk_tokens(
-        config.step_cost,
+        _cost_of_share(config.step_cost, long.size),
         config.layers,
         long.prefilled,
         step_s_max=config.step_s_max,
-        tokens_max=config.chunk_tokens,
+        tokens_max=config.chunk_tokens * long.size,
     )
     tokens = long.chunk_tokens or min(fitting, long.remaining)
     segment = PassSegment(
         request_id=long.request_id, start=long.prefilled, tokens=tokens, sample=tokens == long.remaining
     )
-    return PassPlan(kind="chunk", segments=(segment,), resumed=long if long.chunk_tokens else None)
+    return PassPlan(kind="chunk", segments=(segment,), resumed=resumed)
+
+
+def _cost_of_share(cost: StepCost, size: int) -> StepCost:
+    """Of a chunk to each rank of a group: it computes a part of the tokens, and of the pairs."""
+    return StepCost(pass_s=cost.pass_s, token_s=cost.token_s / size, pair_s=cost.pair_s / size)
 
 
 def _row(job: ShortJob | LongJob) -> PassSegment:
-    return PassSegment(request_id=job.request_id, start=job.next_position, tokens=1, sample=True)
+    draws = not (isinstance(job, LongJob) and job.follows)
+    return PassSegment(request_id=job.request_id, start=job.next_position, tokens=1, sample=draws)
 
 
 def _turn(short: ShortJob) -> tuple[bool, int]:

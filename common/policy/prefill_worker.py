@@ -8,6 +8,8 @@ Rules, beside those of `prefill_passes.py` (which pass is next) and `prefill_job
   badly. A request whose first token is its last has no handoff, nor has one that decodes here: its KV is reserved
   whole, and it says what a decode worker would say (`DecodeStarted`, `DecodeFinished` or `DecodeFailed`).
 - A failed pass ends the requests in it and nothing else.
+- A follower of a group stops when rank 0 does, in the very step; being told to pause, it waits for that and says where
+  it stands. Its share of a pass ends with the others': to drop it meanwhile, the group is broken.
 - Every short ends with exactly one `KvReleased`, its last message; every long with `SegmentFinished`,
   `SegmentFailed` or `SegmentDropped`.
 - An order of an older term than the newest seen is ignored (term 0: from someone who has none). An order for an
@@ -25,6 +27,7 @@ from common.messages.sp import DropSegment, LoadSegment, PauseSegment, RunSegmen
 from common.policy.core import InvariantViolated, TimePassed
 from common.policy.prefill_books import PrefillBooks, RunningPass
 from common.policy.prefill_events import (
+    GroupCalled,
     HandoffFailed,
     HandoffFinished,
     OpenFailed,
@@ -70,6 +73,8 @@ class PrefillWorkerCore:
                 self._opened(event)
             case OpenFailed():
                 self._open_failed(event)
+            case GroupCalled():
+                self._called(event)
             case PassFinished():
                 self._pass_finished(event)
             case PassStopped():
@@ -83,6 +88,7 @@ class PrefillWorkerCore:
             case _:
                 assert_never(event)
         self.books.start_next_pass()
+        self.books.answer_runs()
         return self.books.out.take()
 
     def next_deadline_s(self) -> float | None:
@@ -165,13 +171,19 @@ class PrefillWorkerCore:
                 if long.state is not LongState.PAUSING:
                     long.running_since_s = None
                 long.move(LongState.RUNNING)
-                self.books.out.segment_running(long)
+                self._say_running(long)
             case LongState.RUNNING:
-                self.books.out.segment_running(long)
+                self._say_running(long)
             case LongState.LOADING | LongState.DECODING | LongState.GONE:
                 return  # answered by SegmentLoaded; was answered by SegmentPrefilled
             case _:
                 assert_never(long.state)
+
+    def _say_running(self, long: LongJob) -> None:
+        if long.follows:
+            long.owes_running = True  # said by `answer_runs`, before this event is done if nothing is in the way
+        else:
+            self.books.out.segment_running(long)
 
     def _pause_segment(self, order: PauseSegment) -> None:
         long = self._long(order)
@@ -180,11 +192,13 @@ class PrefillWorkerCore:
         match long.state:
             case LongState.LOADED | LongState.RUNNING:
                 long.pause_received_s = self.books.now_s
+                long.owes_running = False
                 if self.books.in_pass(long):
                     long.move(LongState.PAUSING)
-                    self.books.stop_pass()
+                    if not long.follows:
+                        self.books.stop_pass()
                 else:
-                    self._paused(long, 0.0)
+                    self._paused(long, self._pause_latency_s(long) if long.follows else 0.0)
             case LongState.PAUSED:
                 self.books.out.segment_paused(long)
             case LongState.PAUSING | LongState.LOADING | LongState.DECODING | LongState.GONE:
@@ -211,6 +225,14 @@ class PrefillWorkerCore:
         self.books.end(held, Verdict("dropped", f"dropped by the {asker}"))
 
     # --- effects that ended ---
+
+    def _called(self, event: GroupCalled) -> None:
+        held = self.books.jobs.get(event.request_id)
+        call = event.announcement
+        if call.kind == "chunk":  # rows are many and all alike
+            self.books.tell(event.request_id, f"called to {call.tokens} tokens from {call.start}, step {call.step}")
+        if isinstance(held, LongJob) and held.attempt == event.attempt and held.follows:
+            held.called = call
 
     def _opened(self, event: SequenceOpened) -> None:
         job = self.books.held(event.request_id, event.attempt)
@@ -289,13 +311,15 @@ class PrefillWorkerCore:
         job.chunk_tokens = job.chunk_steps = 0
         if job.verdict is not None:
             self.books.settle(job)
-        elif token is None:
+        elif job.remaining:
             if job.state is LongState.PAUSING:
                 self._paused(job, self._pause_latency_s(job))
         else:
             job.generated = 1
-            reason = finish_reason(job.spec, token.token_id, generated=1)
-            self.books.out.token(job, token, 1, reason)
+            reason = None
+            if token is not None:  # else rank 0 has it
+                reason = finish_reason(job.spec, token.token_id, generated=1)
+                self.books.out.token(job, token, 1, reason)
             self.books.out.segment_prefilled(job, reason)
             if reason is not None:
                 self.books.out.segment_finished(job, reason)
@@ -308,8 +332,9 @@ class PrefillWorkerCore:
         if job.verdict is not None:
             self.books.settle(job)
             return
-        assert token is not None  # every row samples; checked by the caller
         job.generated += 1
+        if token is None:
+            return  # rank 0 has it; checked by the caller
         reason = finish_reason(job.spec, token.token_id, job.generated)
         self.books.out.token(job, token, job.generated, reason)
         if reason is not None:

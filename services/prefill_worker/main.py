@@ -8,6 +8,7 @@ from common.runtime.bus import Bus
 from common.runtime.shell import JournalSink
 from common.runtime.store import Store
 from common.settings import PrefillWorkerSettings
+from services.engine.collectives_door import open_group_links
 from services.engine.data_plane import DataPlaneFactory
 from services.engine.interface import PrefillEngine
 from services.prefill_worker.service import PrefillWorker
@@ -22,9 +23,12 @@ def main(settings: PrefillWorkerSettings) -> int:
 async def serve(settings: PrefillWorkerSettings, bus: Bus, store: Store, stop: asyncio.Event) -> None:
     """Load the engine in a thread, then serve until `stop`. Raises: StartupError."""
     engine = await asyncio.to_thread(load_engine, settings)
+    groups = open_group_links(
+        host=settings.data_host, secret=settings.data_secret, silence_s=settings.silence_s, join_s=settings.join_s
+    )
 
     def make(data_plane: DataPlaneFactory, journal: JournalSink | None) -> PrefillWorker:
-        return PrefillWorker(settings, bus, store, engine, data_plane, journal=journal)
+        return PrefillWorker(settings, bus, store, engine, data_plane, groups=groups, journal=journal)
 
     await serve_worker(settings, stop, make)
 

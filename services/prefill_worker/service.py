@@ -2,6 +2,9 @@
 
 A pass is one task; its end is an event. KV of shorts leaves layer by layer, called by the engine as each layer
 is computed. Nothing here waits inside the mailbox except for the bus to take a message.
+
+A share of a long is opened when its ranks have met (`GroupLinks.join`); from then on the engine computes with the
+others, and rank 0's calls come in as events.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import assert_never
 
+from common.errors import StartupError
 from common.logs import get_logger
 from common.messages.decode import DecodeFailed, DecodeFinished, DecodeStarted
+from common.messages.groups import Announcement
 from common.messages.prefill import KvReleased, PrefillFailed, PrefillFinished, PrefillStarted
 from common.messages.requests import Prompt, TokensGenerated
 from common.messages.sp import (
@@ -28,9 +33,11 @@ from common.messages.sp import (
 )
 from common.policy.prefill_events import (
     AbortHandoff,
+    BreakShare,
     CloseSequence,
     FinishHandoff,
     ForgetKv,
+    GroupCalled,
     HandoffFailed,
     HandoffFinished,
     OpenFailed,
@@ -48,6 +55,7 @@ from common.policy.prefill_events import (
     RunPass,
     SampledToken,
     SequenceOpened,
+    SequenceShare,
     StopPass,
 )
 from common.policy.prefill_worker import PrefillWorkerCore
@@ -56,7 +64,8 @@ from common.runtime.bus import Bus
 from common.runtime.shell import JournalSink
 from common.runtime.store import Store, StoreError
 from common.settings import PrefillWorkerSettings
-from common.units import RequestId, WorkerId
+from common.units import Attempt, RequestId, WorkerId
+from services.engine.collectives import GroupBroken, GroupKey, GroupLink, GroupLinks, GroupShare
 from services.engine.data_plane import DataPlaneFactory, KvHeader, KvTrailer, PeerLost, TransferFailed
 from services.engine.interface import EngineError, KvFull, PassResult, PrefillEngine, Segment
 from services.prefill_worker.handoff import Handoff
@@ -68,13 +77,17 @@ TOKEN_BYTES = 4
 """A token id is a little-endian int32."""
 
 
+GroupLinksFactory = Callable[[], GroupLinks]
+"""Opens this worker's door for groups; called on the event loop. Raises: OSError, if the address is taken."""
+
+
 class PromptUnreadable(Exception):
     """The bytes of a prompt are missing or are not what the request says."""
 
 
 class PrefillWorker:
     """One per GPU (on CPU: one per process). `run` serves until `stop` (drains, says farewell) or until
-    cancelled (as if killed)."""
+    cancelled (as if killed). `groups`: how it meets the other ranks of a group; None: it serves longs alone."""
 
     def __init__(
         self,
@@ -84,6 +97,7 @@ class PrefillWorker:
         engine: PrefillEngine,
         data_plane: DataPlaneFactory,
         *,
+        groups: GroupLinksFactory | None = None,
         journal: JournalSink | None = None,
     ) -> None:
         self.settings = settings
@@ -99,9 +113,14 @@ class PrefillWorker:
             self.core,
             self._perform,
             orders=PrefillOrder,
+            group_address=lambda: self._groups.address if self._groups is not None else "",
             journal=journal,
         )
         self.incarnation = self._shell.incarnation
+        self._open_groups = groups
+        self._groups: GroupLinks | None = None
+        self._links: dict[RequestId, GroupLink] = {}
+        """Of shared sequences that are open."""
         self._handoffs: dict[RequestId, Handoff] = {}
         self._pass_id: int | None = None
 
@@ -109,8 +128,20 @@ class PrefillWorker:
         return f"PrefillWorker({self.worker_id!r}, {self.core!r})"
 
     async def run(self) -> None:
-        """Raises: StartupError, if the data plane's address cannot be bound; whatever ends the core."""
-        await self._shell.run(None)
+        """Raises: StartupError, if an address cannot be bound; whatever ends the core."""
+        try:
+            self._groups = None if self._open_groups is None else self._open_groups()
+        except OSError as error:
+            raise StartupError(
+                f"cannot listen on {self.settings.data_host} for groups: {error.strerror}; pass another --data-host"
+            ) from error
+        try:
+            await self._shell.run(None)
+        finally:
+            for link in self._links.values():
+                link.close()
+            if self._groups is not None:
+                await self._groups.close()
 
     def stop(self) -> None:
         """Drain and leave; `run` returns when that is done."""
@@ -157,6 +188,7 @@ class PrefillWorker:
         | RunPass
         | ResumePass
         | StopPass
+        | BreakShare
         | FinishHandoff
         | AbortHandoff
         | PlaceKv
@@ -171,11 +203,14 @@ class PrefillWorker:
             case StopPass(pass_id=pass_id):
                 # After the pass's task had its first turn: before that the engine knows of no pass to stop.
                 asyncio.get_running_loop().call_soon(self._stop_pass, pass_id)
+            case BreakShare(request_id=request_id):
+                self._links[request_id].abort()
             case OpenSequence():
                 self._open(command)
             case CloseSequence(request_id=request_id):
                 self._engine.close(request_id)
                 self._handoffs.pop(request_id, None)
+                self._links.pop(request_id, None)
             case FinishHandoff(request_id=request_id):
                 finishing = self._finish_handoff(command, self._handoffs[request_id])
                 self._shell.spawn(finishing, name=f"handoff {request_id}")
@@ -194,29 +229,58 @@ class PrefillWorker:
 
     def _open(self, command: OpenSequence) -> None:
         prompt = command.spec.prompt
-        if prompt.inline is not None:
+        if command.share is not None:
+            self._shell.spawn(self._join(command, command.share), name=f"join {command.spec.request_id}")
+        elif prompt.inline is not None:
             self._reserve(command, prompt.inline)
         else:
             self._shell.spawn(self._fetch(command), name=f"fetch {command.spec.request_id}")
 
     async def _fetch(self, command: OpenSequence) -> None:
-        key = command.spec.prompt.key
+        data = await self._prompt_of(command)
+        if data is not None:
+            self._reserve(command, data)
+
+    async def _prompt_of(self, command: OpenSequence) -> bytes | None:
+        """None: it is not to be had, and that has been said."""
+        prompt = command.spec.prompt
+        if prompt.inline is not None:
+            return prompt.inline
         try:
-            data = await self._store.get(key) if key is not None else None
+            data = await self._store.get(prompt.key) if prompt.key is not None else None
         except StoreError as error:
             self._open_failed(command, f"the prompt could not be fetched: {error}")
-            return
+            return None
         if data is None:
             self._open_failed(command, "the prompt is not in the store (any more)")
+        return data
+
+    async def _join(self, command: OpenSequence, share: SequenceShare) -> None:
+        """Meet the other ranks, then open this rank's share."""
+        if self._groups is None:
+            self._open_failed(command, "this worker serves longs alone", retryable=False)
             return
+        data = await self._prompt_of(command)
+        if data is None:
+            return
+        spec = command.spec
+        key = GroupKey(request_id=spec.request_id, attempt=spec.attempt)
+        try:
+            link = await self._groups.join(key, share.rank, share.addresses)
+        except GroupBroken as error:
+            self._open_failed(command, str(error))
+            return
+        self._links[spec.request_id] = link
         self._reserve(command, data)
+        if spec.request_id not in self._links:
+            link.close()
 
     def _reserve(self, command: OpenSequence, prompt: bytes) -> None:
         spec = command.spec
         handoff = self._handoff_of(command)
         try:
             token_ids = _token_ids(spec.prompt, prompt)
-            self._engine.open(spec, token_ids, None if handoff is None else handoff.push)
+            self._open_in_engine(command, token_ids, handoff)
         except KvFull as error:
             self._open_failed(command, str(error))
             return
@@ -227,8 +291,22 @@ class PrefillWorker:
             self._handoffs[spec.request_id] = handoff
         self._shell.tell(SequenceOpened(request_id=spec.request_id, attempt=spec.attempt))
 
+    def _open_in_engine(self, command: OpenSequence, token_ids: list[int], handoff: Handoff | None) -> None:
+        """Raises: KvFull, EngineError."""
+        spec, part = command.spec, command.share
+        if part is None:
+            self._engine.open(spec, token_ids, None if handoff is None else handoff.push)
+            return
+        link = self._links[spec.request_id]
+        share = GroupShare(rank=part.rank, size=len(part.addresses), scheme=part.scheme, link=link)
+        self._engine.open_share(spec, token_ids, share, partial(self._called, spec.attempt))
+
+    def _called(self, attempt: Attempt, request_id: RequestId, announcement: Announcement) -> None:
+        self._shell.tell(GroupCalled(request_id=request_id, attempt=attempt, announcement=announcement))
+
     def _open_failed(self, command: OpenSequence, reason: str, *, retryable: bool = True) -> None:
         spec = command.spec
+        self._links.pop(spec.request_id, None)
         self._shell.tell(
             OpenFailed(request_id=spec.request_id, attempt=spec.attempt, reason=reason, retryable=retryable)
         )

@@ -80,8 +80,7 @@ def no_journal(_epoch: int) -> AbstractContextManager[JournalSink | None]:
 
 
 def config_of(settings: SchedulerSettings) -> SchedulerConfig:
-    """What the core needs of the settings; names are the same in both. A group of workers has one member until
-    workers can share a long, so that `group_max` keeps its default."""
+    """What the core needs of the settings; names are the same in both."""
     shared = set(SchedulerConfig.__struct_fields__) & set(SchedulerSettings.__struct_fields__)
     return SchedulerConfig(**{name: getattr(settings, name) for name in sorted(shared)})
 

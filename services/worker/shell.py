@@ -67,7 +67,7 @@ def worker_id_of(role: WorkerRole, settings: WorkerSettings) -> WorkerId:
 
 class WorkerShell(Generic[EventT, CommandT]):
     """`orders`: the messages this worker takes, all of them events of its core. `at_stop`: what the core is
-    told first when the worker is to stop."""
+    told first when the worker is to stop. `group_address`: of its door for groups, once `run` runs."""
 
     def __init__(
         self,
@@ -80,6 +80,7 @@ class WorkerShell(Generic[EventT, CommandT]):
         *,
         orders: UnionType,
         at_stop: EventT | None = None,
+        group_address: Callable[[], str] = lambda: "",
         journal: JournalSink | None = None,
     ) -> None:
         self.incarnation = uuid4().hex
@@ -91,6 +92,7 @@ class WorkerShell(Generic[EventT, CommandT]):
         self._perform = perform
         self._orders = orders
         self._at_stop = at_stop
+        self._group_address = group_address
         self._runner: CoreShell[EventT, CommandT] = CoreShell(
             f"{role} worker {worker_id}", core, self._perform_all, journal=journal
         )
@@ -234,5 +236,6 @@ class WorkerShell(Generic[EventT, CommandT]):
             context_tokens=profile.context_tokens,
             rows_max=profile.rows_max,
             data_address=self.data_plane.address,
+            group_address=self._group_address(),
             step_cost=profile.step_cost,
         )

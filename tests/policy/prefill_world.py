@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from common.messages.base import Message
 from common.messages.cluster import StepCost
@@ -16,6 +17,7 @@ from common.messages.sp import LoadSegment, SegmentPart
 from common.policy.core import TimePassed
 from common.policy.prefill_events import (
     AbortHandoff,
+    BreakShare,
     CloseSequence,
     FinishHandoff,
     ForgetKv,
@@ -94,9 +96,21 @@ def load(request: RequestSpec, epoch: int = 1) -> LoadSegment:
     )
 
 
+class Group(Protocol):
+    """The other ranks, as an engine that computes shared sequences sees them."""
+
+    def began(self, worker_id: WorkerId, segment: PassSegment, step: int) -> None: ...
+
+    def broke(self, request_id: RequestId, attempt: int) -> None: ...
+
+    def left(self, worker_id: WorkerId, request_id: RequestId, attempt: int) -> None: ...
+
+
 @dataclass(eq=False)
 class Held:
     spec: RequestSpec
+    rank: int = 0
+    shared: bool = False
     computed: int = 0
     known: int = 0
     in_stopped_pass: bool = False
@@ -113,6 +127,7 @@ class World:
     core: PrefillWorkerCore = field(default_factory=lambda: PrefillWorkerCore(config()))
     now_s: float = 0.0
     auto_open: bool = True
+    group: Group | None = None
     opening: dict[RequestId, OpenSequence] = field(default_factory=dict)
     held: dict[RequestId, Held] = field(default_factory=dict)
     streams: set[RequestId] = field(default_factory=set)
@@ -131,6 +146,10 @@ class World:
     """Every short ever ordered, by request and attempt."""
     computed: Counter[tuple[RequestId, int, int, int]] = field(default_factory=Counter)
     """How often each (request, attempt, layer, position) was computed."""
+
+    @property
+    def worker_id(self) -> WorkerId:
+        return self.core.books.config.worker_id
 
     def tell(self, event: PrefillEvent) -> list[PrefillCommand]:
         """Hand an event in, perform what comes out, answer openings at once if `auto_open`."""
@@ -158,7 +177,11 @@ class World:
     def opened(self, request_id: RequestId) -> None:
         command = self.opening.pop(request_id)
         assert request_id not in self.held, "opened twice"
-        self.held[request_id] = Held(command.spec, known=command.spec.prompt.tokens)
+        share = command.share
+        held = Held(command.spec, rank=share.rank if share else 0, shared=share is not None)
+        # A follower is not told what was drawn, nor need it be.
+        held.known = command.spec.prompt.tokens + (command.spec.max_tokens if held.rank else 0)
+        self.held[request_id] = held
         self.tell(SequenceOpened(request_id=request_id, attempt=command.spec.attempt))
 
     def open_failed(self, request_id: RequestId) -> None:
@@ -246,7 +269,8 @@ class World:
             case OpenSequence():
                 assert command.spec.request_id not in self.opening
                 order = self.shorts.get((command.spec.request_id, command.spec.attempt))
-                elsewhere = order is not None and order.decode_worker_id != WORKER and command.spec.max_tokens > 1
+                elsewhere = order is not None and order.decode_worker_id != self.worker_id
+                elsewhere = elsewhere and command.spec.max_tokens > 1
                 assert (command.handoff is not None) == elsewhere
                 self.opening[command.spec.request_id] = command
             case RunPass():
@@ -259,9 +283,17 @@ class World:
                 for segment in found[0].segments:
                     self.held[segment.request_id].in_stopped_pass = False
                 self.running, self.pass_id = found[0], pass_id
+                self._tell_group(found[0])
             case StopPass(pass_id=pass_id):
                 assert self.pass_id == pass_id
+                assert self.running is not None
+                assert all(self.held[s.request_id].rank == 0 for s in self.running.segments), "rank 0 stops a group"
                 self.stop_asked = True
+            case BreakShare(request_id=request_id, attempt=attempt):
+                assert self.group is not None
+                assert self.running is not None
+                assert any(segment.request_id == request_id for segment in self.running.segments)
+                self.group.broke(request_id, attempt)
             case CloseSequence(request_id=request_id):
                 self._close(request_id)
             case FinishHandoff(request_id=request_id):
@@ -284,7 +316,7 @@ class World:
             held = self.held[segment.request_id]
             assert segment.start == held.computed
             assert 0 < segment.tokens <= held.known - held.computed
-            assert segment.sample == (segment.start + segment.tokens == held.known)
+            assert segment.sample == (segment.start + segment.tokens == held.known and held.rank == 0)
             assert not held.in_stopped_pass
         orders = [self.shorts.get((s.request_id, self.held[s.request_id].spec.attempt)) for s in command.segments]
         long_decodes = any(
@@ -294,14 +326,25 @@ class World:
         for order, segment in zip(orders, command.segments, strict=True):
             prefills = segment.start < self.held[segment.request_id].spec.prompt.tokens
             assert not (order is not None and order.exclusive and prefills and long_decodes), "not exclusive"
+        assert sum(self.held[segment.request_id].shared for segment in command.segments) <= 1
         self.running, self.pass_id = Pass(list(command.segments)), command.pass_id
+        self._tell_group(self.running)
         self.passes.append(command.segments)
         self.in_background.append(command.background)
+
+    def _tell_group(self, begun: Pass) -> None:
+        for segment in begun.segments:
+            if self.held[segment.request_id].shared:
+                assert self.group is not None
+                self.group.began(self.worker_id, segment, begun.steps_done)
 
     def _close(self, request_id: RequestId) -> None:
         assert request_id in self.held
         assert request_id not in self.streams, "closed while its KV was being sent"
         assert self.running is None or all(s.request_id != request_id for s in self.running.segments)
+        if self.held[request_id].shared:
+            assert self.group is not None
+            self.group.left(self.worker_id, request_id, self.held[request_id].spec.attempt)
         del self.held[request_id]
         for stopped in self.stopped:
             stopped.segments = [s for s in stopped.segments if s.request_id != request_id]

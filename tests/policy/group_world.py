@@ -1,0 +1,338 @@
+"""Several prefill workers' cores, each in a world of its own (`prefill_world.py`), and the coordinator's core: orders
+and words in queues, in order per sender, and what engines of a group do for each other, as their port says it.
+
+Rank 0 calls the others one after another; a rank does a step when the others have done the one before; rank 0 decides
+after each of its steps whether all stop there. A group that breaks fails the passes of all its ranks; one that a rank
+left after its last pass, those that need that rank.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from common.messages.base import Message
+from common.messages.groups import Announcement
+from common.messages.prefill import RunPrefill
+from common.messages.sp import (
+    DissolveGroup,
+    FormGroup,
+    GroupFailed,
+    GroupFinished,
+    GroupPaused,
+    LoadSegment,
+    PauseGroup,
+    ResumeGroup,
+)
+from common.policy.core import TimePassed
+from common.policy.prefill_events import GroupCalled, PassSegment
+from common.policy.prefill_jobs import LongJob, LongState
+from common.policy.prefill_worker import PrefillWorkerCore
+from common.policy.sp_coordinator import SpCoordinator
+from common.policy.sp_io import CoordinatorEvent, GroupWord, MemberOrder, MemberWord
+from common.units import RequestId, WorkerId
+from tests.policy.prefill_world import LAYERS, STOP_TOKEN, World, config, spec
+
+Key = tuple[RequestId, int]
+ANSWER_S = 5.0
+
+
+@dataclass(eq=False)
+class Led:
+    """A pass that rank 0 has begun."""
+
+    call: Announcement
+    led_to: int
+    """Steps of it that rank 0 has done."""
+    stop_at: int | None = None
+    joined: set[WorkerId] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class Link:
+    """One group's connections."""
+
+    members: tuple[WorkerId, ...]
+    prompt_tokens: int
+    passes: int = 0
+    led: Led | None = None
+    to_call: deque[WorkerId] = field(default_factory=deque)
+    called: WorkerId | None = None
+    """Who has not joined yet."""
+    within: dict[WorkerId, Led] = field(default_factory=dict)
+    """The last pass that each rank joined; rank 0 may be in the next one already."""
+    left: set[WorkerId] = field(default_factory=set)
+    broken: bool = False
+
+
+class GroupWorld:
+    def __init__(self, seed: int, workers: int) -> None:
+        self.random = random.Random(seed)
+        self.coordinator = SpCoordinator(ANSWER_S)
+        self.now_s = 0.0
+        self.worlds: dict[WorkerId, World] = {}
+        self.links: dict[Key, Link] = {}
+        self.orders: dict[WorkerId, deque[MemberOrder]] = {}
+        self.words: dict[WorkerId, deque[MemberWord]] = {}
+        self.said: list[GroupWord] = []
+        self.endings: dict[Key, GroupFinished | GroupFailed] = {}
+        self.seen: Counter[str] = Counter()
+        self.stop_token_share = 0.0
+        for number in range(workers):
+            self.start(WorkerId(f"p{number}"))
+
+    # --- processes ---
+
+    def start(self, worker_id: WorkerId) -> None:
+        world = World(core=PrefillWorkerCore(config(worker_id=worker_id)), auto_open=False, group=self)
+        self.worlds[worker_id] = world
+        self.orders[worker_id], self.words[worker_id] = deque(), deque()
+
+    def kill(self, worker_id: WorkerId) -> None:
+        """And start it anew, empty: what was under way to it and from it is lost."""
+        for link in self.links.values():
+            if worker_id in link.members:
+                link.broken = True
+        self.start(worker_id)
+        self.seen["killed"] += 1
+
+    # --- what engines do (`prefill_world.Group`) ---
+
+    def began(self, worker_id: WorkerId, segment: PassSegment, step: int) -> None:
+        link = self._link(worker_id, segment.request_id)
+        if link.broken or link.left:
+            link.broken = True
+            return  # its first step fails
+        if worker_id == link.members[0]:
+            assert not link.to_call
+            assert link.called is None
+            link.passes += 1
+            kind = "row" if segment.start >= link.prompt_tokens else "chunk"
+            call = Announcement(pass_no=link.passes, kind=kind, start=segment.start, tokens=segment.tokens, step=step)
+            link.led = link.within[worker_id] = Led(call, led_to=step, joined={worker_id})
+            link.to_call = deque(link.members[1:])
+            return
+        assert link.called == worker_id, "joined what it was not called to"
+        assert link.led is not None
+        call = link.led.call
+        assert (segment.start, segment.tokens, step) == (call.start, call.tokens, call.step)
+        link.called = None
+        link.led.joined.add(worker_id)
+        link.within[worker_id] = link.led
+
+    def broke(self, request_id: RequestId, attempt: int) -> None:
+        self.links[request_id, attempt].broken = True
+
+    def left(self, worker_id: WorkerId, request_id: RequestId, attempt: int) -> None:
+        self.links[request_id, attempt].left.add(worker_id)
+
+    def _link(self, worker_id: WorkerId, request_id: RequestId) -> Link:
+        return self.links[request_id, self.worlds[worker_id].held[request_id].spec.attempt]
+
+    def _shared(self, worker_id: WorkerId) -> Link | None:
+        """Of the pass that runs there."""
+        world = self.worlds[worker_id]
+        assert world.running is not None
+        for segment in world.running.segments:
+            if world.held[segment.request_id].shared:
+                return self._link(worker_id, segment.request_id)
+        return None
+
+    # --- what can happen next ---
+
+    def possible(self) -> Iterator[Callable[[], None]]:
+        for worker_id, world in self.worlds.items():
+            if self.orders[worker_id]:
+                yield lambda w=worker_id: self.deliver(w)
+            if self.words[worker_id]:
+                yield lambda w=worker_id: self.hear(w)
+            yield from (lambda w=worker_id, r=r: self.on(w, lambda: self.worlds[w].opened(r)) for r in world.opening)
+            yield from (lambda w=worker_id, r=r: self.on(w, lambda: self.worlds[w].handoff(r)) for r in world.streams)
+            if world.running is not None and self._can_step(worker_id):
+                yield lambda w=worker_id: self.step(w)
+        for key, link in self.links.items():
+            if link.to_call and link.called is None and not (link.broken or link.left) and self._hears(link):
+                yield lambda k=key: self.call(k)
+
+    def _hears(self, link: Link) -> bool:
+        """The next to be called is not in a pass of this group still."""
+        running = self.worlds[link.to_call[0]].running
+        return running is None or self._shared(link.to_call[0]) is not link
+
+    def _can_step(self, worker_id: WorkerId) -> bool:
+        link = self._shared(worker_id)
+        if link is None or self._is_lost(worker_id, link):
+            return True
+        mine, led = self.worlds[worker_id].running.steps_done, link.within[worker_id]
+        if worker_id != link.members[0]:
+            return mine < led.led_to
+        others = [self.worlds[member].running for member in link.members[1:]]
+        return len(led.joined) == len(link.members) and all(
+            other is None or other.steps_done >= mine for other in others
+        )
+
+    def _is_lost(self, worker_id: WorkerId, link: Link) -> bool:
+        """The pass that runs there cannot go on."""
+        leader, led, running = link.members[0], link.within.get(worker_id), self.worlds[worker_id].running
+        if link.broken or led is None or running is None:
+            return True
+        if worker_id == leader:
+            return bool(link.left)
+        return leader in link.left and running.steps_done == led.led_to
+
+    def step(self, worker_id: WorkerId) -> None:
+        world, link = self.worlds[worker_id], self._shared(worker_id)
+        if link is not None and self._is_lost(worker_id, link):
+            self.seen["broken pass"] += 1
+            self.on(worker_id, world.fail_pass)
+            return
+        running = world.running
+        assert running is not None
+        led = link.within[worker_id] if link is not None else None
+        if led is not None and link is not None and worker_id == link.members[0]:
+            led.led_to = running.steps_done + 1
+            led.stop_at = led.led_to if world.stop_asked and led.led_to < LAYERS else None
+            self.seen["stop"] += led.stop_at is not None
+            led = None
+        token = STOP_TOKEN if self.random.random() < self.stop_token_share else 7
+        self.on(worker_id, lambda: world.step(token))
+        if led is not None and led.stop_at == running.steps_done:
+            self.on(worker_id, world.stop_here)
+
+    def call(self, key: Key) -> None:
+        link = self.links[key]
+        link.called = link.to_call.popleft()
+        assert link.led is not None
+        event = GroupCalled(request_id=key[0], attempt=key[1], announcement=link.led.call)
+        world = self.worlds[link.called]
+        self.seen["called while busy"] += world.running is not None
+        self.on(link.called, lambda: world.tell(event))
+
+    def deliver(self, worker_id: WorkerId) -> None:
+        order = self.orders[worker_id].popleft()
+        if isinstance(order, LoadSegment):
+            key = (order.spec.request_id, order.spec.attempt)
+            self.links.setdefault(key, Link(order.members, order.spec.prompt.tokens))
+        self.on(worker_id, lambda: self.worlds[worker_id].tell(order))
+
+    def on(self, worker_id: WorkerId, act: Callable[[], object]) -> None:
+        """Something happens there; its words to the coordinator get on their way."""
+        world = self.worlds[worker_id]
+        world.now_s = self.now_s
+        before = len(world.sent)
+        act()
+        self.words[worker_id] += [word for word in world.sent[before:] if isinstance(word, MemberWord)]
+        self.check()
+
+    def hear(self, worker_id: WorkerId) -> None:
+        self.feed(self.words[worker_id].popleft())
+
+    def feed(self, event: CoordinatorEvent) -> None:
+        for command in self.coordinator.handle(event, self.now_s):
+            if isinstance(command, MemberOrder):
+                self.orders[command.worker_id].append(command)
+                continue
+            self.said.append(command)
+            key = (command.request_id, command.attempt)
+            if isinstance(command, GroupPaused):
+                self.require_paused(key, command.step)
+            if isinstance(command, GroupFinished | GroupFailed):
+                assert type(self.endings.setdefault(key, command)) is type(command)
+        self.coordinator.check()
+
+    # --- what people do ---
+
+    def form(self, name: str, members: tuple[str, ...], tokens: int, max_tokens: int, attempt: int = 0) -> None:
+        ids = tuple(WorkerId(member) for member in members)
+        addresses = tuple(f"{member}:1" for member in members) if len(members) > 1 else ()
+        request = spec(name, tokens, max_tokens=max_tokens, attempt=attempt)
+        self.feed(FormGroup(spec=request, members=ids, addresses=addresses))
+
+    def pause(self, name: str, attempt: int = 0) -> None:
+        self.feed(PauseGroup(request_id=RequestId(name), attempt=attempt))
+
+    def resume(self, name: str, attempt: int = 0) -> None:
+        self.feed(ResumeGroup(request_id=RequestId(name), attempt=attempt))
+
+    def dissolve(self, name: str, attempt: int = 0) -> None:
+        self.feed(DissolveGroup(request_id=RequestId(name), attempt=attempt))
+
+    def short(self, worker_id: WorkerId, name: str, tokens: int, *, here: bool, exclusive: bool) -> None:
+        world = self.worlds[worker_id]
+        order = RunPrefill(
+            worker_id=worker_id,
+            spec=spec(name, tokens, max_tokens=3),
+            decode_worker_id=worker_id if here else WorkerId("d0"),
+            decode_address="" if here else "host:1",
+            exclusive=exclusive,
+        )
+        self.on(worker_id, lambda: world.tell(order))
+
+    def wait(self) -> bool:
+        """For the coordinator's next deadline. False: there is none."""
+        deadline_s = self.coordinator.next_deadline_s()
+        if deadline_s is None:
+            return False
+        self.now_s = max(self.now_s, deadline_s)
+        self.feed(TimePassed())
+        return True
+
+    def act(self) -> bool:
+        """Something of what can happen. False: nothing can."""
+        acts = list(self.possible())
+        if acts:
+            self.random.choice(acts)()
+        return bool(acts)
+
+    def settle(self, steps_max: int = 20_000) -> None:
+        """Until nothing is under way and nobody is waited for."""
+        for _ in range(steps_max):
+            if not self.act() and not self.wait():
+                return
+        raise AssertionError(f"it never comes to rest: {self.describe()}")
+
+    # --- what must hold ---
+
+    def jobs(self, key: Key) -> list[LongJob]:
+        """Of this long, on those of its ranks that hold it."""
+        held = [self.worlds[member].core.books.jobs.get(key[0]) for member in self.links[key].members]
+        return [job for job in held if isinstance(job, LongJob) and job.attempt == key[1]]
+
+    def require_paused(self, key: Key, step: int) -> None:
+        if self.links[key].broken or self.links[key].left:
+            return  # a rank is gone, which will be heard soon
+        assert all(job.state in (LongState.PAUSED, LongState.LOADED) for job in self.jobs(key)), "a rank goes on"
+        assert {job.steps_done for job in self.jobs(key)} <= {step}, "paused at different steps"
+        self.seen["paused"] += 1
+        self.seen["paused in a chunk"] += step % LAYERS != 0
+
+    def check(self) -> None:
+        for key, link in self.links.items():
+            jobs = self.jobs(key)
+            if link.broken or link.left or len(jobs) < len(link.members) or any(job.verdict for job in jobs):
+                continue
+            leader, *followers = jobs
+            for job in followers:
+                assert abs(job.prefilled - leader.prefilled) <= LAYERS * 512 * len(jobs)
+                assert job.kv_tokens <= -(-leader.spec.kv_tokens // len(jobs)) + 1
+
+    def require_empty(self) -> None:
+        for world in self.worlds.values():
+            world.require_empty()
+            assert not world.computed or max(world.computed.values()) == 1, "computed twice"
+        assert self.coordinator.driving() == ()
+
+    def tokens_of(self, name: str) -> list[tuple[int, int]]:
+        return [token for world in self.worlds.values() for token in world.tokens_of(name)]
+
+    def of(self, *kinds: type[Message]) -> list[Message]:
+        return [word for word in self.said if isinstance(word, kinds)]
+
+    def describe(self) -> str:
+        lines = [f"{name}: {w.core.books.running}, {list(w.core.books.jobs)}" for name, w in self.worlds.items()]
+        for request_id, attempt in self.coordinator.driving():
+            lines += [f"{request_id}/{attempt}: {self.coordinator.state_of(request_id, attempt)}"]
+            lines += self.coordinator.story(request_id)[-20:]
+        return "\n".join(lines)
