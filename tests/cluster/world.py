@@ -31,6 +31,8 @@ from common.settings import (
     SchedulerSettings,
 )
 from services.decode_worker.service import DecodeWorker
+from services.engine.collectives import GroupLinks
+from services.engine.collectives_memory import MemoryGroupHub
 from services.engine.data_plane import DataPlane, DataPlaneFactory, KvReceiver
 from services.engine.timed import TimedDecodeEngine, TimedPrefillEngine, TimedShape, expected_tokens
 from services.engine.transport_memory import MemoryHub
@@ -151,6 +153,7 @@ class Node:
     gate: Gate | None = None
     task: asyncio.Task[None] | None = None
     plane: DataPlane | None = None
+    groups: GroupLinks | None = None
     engine: TimedPrefillEngine | TimedDecodeEngine | None = None
 
     @property
@@ -175,6 +178,7 @@ class Cluster:
         self.broker = MemoryBroker(seed=seed)
         self.store = MemoryStore()
         self.hub = MemoryHub(seed=seed)
+        self.group_hub = MemoryGroupHub()
         self.random = random.Random(seed)
         self.shape = shape
         self.answers: list[Answer] = []
@@ -206,7 +210,8 @@ class Cluster:
     def _make_prefill(self, bus: MemoryBus, gate: Gate, node: Node) -> PrefillWorker:
         engine = node.engine = TimedPrefillEngine(self.shape)
         settings = PrefillWorkerSettings(worker_id=node.name, engine="timed")
-        return PrefillWorker(settings, bus, cast(Any, gate), engine, self._plane_of(node))
+        groups = self._groups_of(node)
+        return PrefillWorker(settings, bus, cast(Any, gate), engine, self._plane_of(node), groups=groups)
 
     def _make_decode(self, bus: MemoryBus, gate: Gate, node: Node) -> DecodeWorker:
         engine = node.engine = TimedDecodeEngine(self.shape)
@@ -220,6 +225,13 @@ class Cluster:
         def make(receiver: KvReceiver | None) -> DataPlane:
             node.plane = self.hub.plane()(receiver)
             return node.plane
+
+        return make
+
+    def _groups_of(self, node: Node) -> Callable[[], GroupLinks]:
+        def make() -> GroupLinks:
+            node.groups = self.group_hub.links(join_s=4.0)()
+            return node.groups
 
         return make
 
@@ -248,6 +260,8 @@ class Cluster:
         self.broker.cut(name)
         if node.plane is not None:
             self.hub.sever(node.plane.address)
+        if node.groups is not None:
+            self.group_hub.sever(node.groups.address)
         node.task.cancel()
         await asyncio.wait([node.task])
         await self._forget(node)
@@ -266,7 +280,7 @@ class Cluster:
         for subscription in list(node.bus._subscriptions):
             await subscription.unsubscribe()
         self.broker._buses.remove(node.bus)
-        node.task = node.service = node.bus = node.gate = node.plane = node.engine = None
+        node.task = node.service = node.bus = node.gate = node.plane = node.groups = node.engine = None
 
     async def ready(self) -> None:
         """Everybody knows everybody."""
