@@ -4,6 +4,7 @@
            ── connect, handshake of the data plane ──▶
            ── JoinGroup(key, rank, size) ────────────▶   kept until this worker joins the same group, `join_s` at most
            ◀───────────────────────────── Joined ────
+           ── Present ───────────────────────────────▶   so that nobody counts who has given up meanwhile
 
 The order to join reaches the ranks at different times, so a caller may come before its group is known here.
 """
@@ -39,6 +40,10 @@ class JoinGroup(Message, frozen=True, kw_only=True):
 
 
 class Joined(Message, frozen=True, kw_only=True):
+    pass
+
+
+class Present(Message, frozen=True, kw_only=True):
     pass
 
 
@@ -127,6 +132,7 @@ class TcpGroupLinks:
             await greet(channel, self._secret)
             await channel.send(JoinGroup(key=key, rank=rank, size=size))
             await channel.receive(Joined, patience_s=self._join_s, bytes_max=HELLO_BYTES_MAX)
+            await channel.send(Present())
         except ConnectionBroken as error:
             channel.close()
             raise ConnectionBroken(f"rank {at} at {address}: {error}") from error
@@ -185,6 +191,7 @@ class TcpGroupLinks:
         if not gathering.takes(order):
             raise ConnectionBroken(f"rank {order.rank} of {order.size} does not fit the group")
         await channel.send(Joined())
+        await channel.receive(Present, patience_s=self._silence_s, bytes_max=HELLO_BYTES_MAX)
         if not gathering.takes(order) or order.rank in gathering.arrived:
             raise ConnectionBroken(f"rank {order.rank} comes too late or twice")
         gathering.arrived[order.rank] = channel

@@ -123,15 +123,26 @@ class Ranks:
         for rank in self.ranks:
             rank.engine.close(RequestId(name))
 
-    async def shutdown(self) -> None:
+    async def shutdown(self, *names: str) -> None:
+        """Close these sequences, then everything; nothing may be left."""
+        for name in names:
+            self.close(name)
         for rank in self.ranks:
             await rank.engine.shutdown()
             assert rank.engine.kv_used_tokens == 0
-            if rank.tasks:  # one that has just answered is not gone yet
-                _, waiting = await asyncio.wait(set(rank.tasks), timeout=PATIENCE_S)
-                assert not waiting, "a call was never answered"
+        await self.settled()
         for door in self.doors:
             await door.close()
+
+    async def settled(self) -> None:
+        """Wait until every call has been answered, and forget the answers."""
+        tasks = {task for rank in self.ranks for task in rank.tasks}
+        if tasks:
+            _, waiting = await asyncio.wait(tasks, timeout=PATIENCE_S)
+            assert not waiting, "a call was never answered"
+        for rank in self.ranks:
+            while not rank.results.empty():
+                rank.results.get_nowait()
 
 
 def tokens_computed(group: Ranks, name: str) -> list[int]:
