@@ -152,6 +152,9 @@ class PrefillBooks:
         if isinstance(job, LongJob):
             if job.state is not LongState.LOADING:
                 self.close(job)
+            elif job.is_shared and not job.leaves:
+                job.leaves = True
+                self.out.do(BreakShare(request_id=job.request_id, attempt=job.attempt))
             return
         if job.state in (ShortState.OPENING, ShortState.ABORTING):
             return

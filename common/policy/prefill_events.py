@@ -126,8 +126,8 @@ class StopPass(Record, frozen=True, kw_only=True):
 
 
 class BreakShare(Record, frozen=True, kw_only=True):
-    """End the running pass of this shared sequence, which may wait for another rank: it ends in `PassFailed`, here and
-    on the others."""
+    """Wait for the other ranks of this shared sequence no more: its running pass ends in `PassFailed`, here and on the
+    others; if it is being opened, that ends at once, in `OpenFailed` if it had not come about."""
 
     request_id: RequestId
     attempt: Attempt

@@ -189,6 +189,8 @@ class LongJob(Job):
     scheme: SequenceScheme = "ring"
     called: Announcement | None = None
     """Follower: the pass that rank 0 has begun and that has not begun here."""
+    leaves: bool = False
+    """Shared, being opened: the other ranks are waited for no more."""
     owes_running: bool = False
     """Follower: told to run, and a short stands in the way."""
     row_pass_id: int = 0

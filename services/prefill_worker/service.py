@@ -121,6 +121,9 @@ class PrefillWorker:
         self._groups: GroupLinks | None = None
         self._links: dict[RequestId, GroupLink] = {}
         """Of shared sequences that are open."""
+        self._joining: dict[RequestId, asyncio.Task[None]] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
+        """Of those that join: the ones that were told not to."""
         self._handoffs: dict[RequestId, Handoff] = {}
         self._pass_id: int | None = None
 
@@ -204,7 +207,7 @@ class PrefillWorker:
                 # After the pass's task had its first turn: before that the engine knows of no pass to stop.
                 asyncio.get_running_loop().call_soon(self._stop_pass, pass_id)
             case BreakShare(request_id=request_id):
-                self._links[request_id].abort()
+                self._break_share(request_id)
             case OpenSequence():
                 self._open(command)
             case CloseSequence(request_id=request_id):
@@ -265,15 +268,33 @@ class PrefillWorker:
             return
         spec = command.spec
         key = GroupKey(request_id=spec.request_id, attempt=spec.attempt)
+        task = asyncio.current_task()
+        assert task is not None
+        self._joining[spec.request_id] = task
         try:
             link = await self._groups.join(key, share.rank, share.addresses)
         except GroupBroken as error:
             self._open_failed(command, str(error))
             return
+        except asyncio.CancelledError:
+            if task not in self._leaving:
+                raise
+            self._open_failed(command, "given up while its ranks had not met")
+            return
+        finally:
+            del self._joining[spec.request_id]
+            self._leaving.discard(task)
         self._links[spec.request_id] = link
         self._reserve(command, data)
         if spec.request_id not in self._links:
             link.close()
+
+    def _break_share(self, request_id: RequestId) -> None:
+        if request_id in self._links:
+            self._links[request_id].abort()
+        elif request_id in self._joining:
+            self._leaving.add(self._joining[request_id])
+            self._joining[request_id].cancel()
 
     def _reserve(self, command: OpenSequence, prompt: bytes) -> None:
         spec = command.spec

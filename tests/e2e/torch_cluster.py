@@ -27,6 +27,7 @@ from common.runtime.bus_memory import MemoryBus
 from common.settings import CoordinatorSettings, DecodeWorkerSettings, DtypeName, PrefillWorkerSettings, RouterSettings
 from common.units import RequestId
 from services.decode_worker.service import DecodeWorker
+from services.engine.collectives_door import open_group_links
 from services.engine.interface import PassResult, Sampled, Segment
 from services.engine.model import LoadedModel, load_model
 from services.engine.torch_decode import TorchDecodeEngine
@@ -63,6 +64,7 @@ class WatchedPrefill(TorchPrefillEngine):
         self.layers = model.layers
         self.stopped_at: Counter[int] = Counter()
         """Passes stopped before their end, by the steps they had done."""
+        self.passes_run = 0
         self.rows_most = 0
         self.decoded_at_once = 0
         """Decode rows in one pass, at most."""
@@ -70,6 +72,7 @@ class WatchedPrefill(TorchPrefillEngine):
         """Of closed sequences: tokens computed summed over layers; tokens known (prompt and drawn)."""
 
     async def run(self, segments: Sequence[Segment], *, background: bool = False) -> PassResult:
+        self.passes_run += 1
         self.rows_most = max(self.rows_most, len(segments))
         self.decoded_at_once = max(self.decoded_at_once, sum(part.tokens == 1 and part.start > 0 for part in segments))
         return self._noted(await super().run(segments, background=background))
@@ -118,7 +121,8 @@ class TorchCluster(Cluster):
 
     @property
     def prefills(self) -> list[WatchedPrefill]:
-        return [cast(WatchedPrefill, node.engine) for name, node in self.nodes.items() if name.startswith("p")]
+        engines = (node.engine for name, node in self.nodes.items() if name.startswith("p"))
+        return [cast(WatchedPrefill, engine) for engine in engines if engine is not None]
 
     @property
     def decoder(self) -> WatchedDecode:
@@ -132,7 +136,9 @@ class TorchCluster(Cluster):
         engine = WatchedPrefill(self.model, self._step_cost, kv_capacity_tokens=8_192, long_nice=0)
         node.engine = cast(Any, engine)
         settings = PrefillWorkerSettings(worker_id=node.name, chunk_tokens=self._chunk_tokens, lease_s=BOUND_S)
-        return PrefillWorker(settings, bus, cast(Any, gate), engine, open_data_plane(secret="s", transfer_s=BOUND_S))
+        plane = open_data_plane(secret="s", transfer_s=BOUND_S)
+        groups = open_group_links(secret="s", silence_s=BOUND_S, join_s=BOUND_S)
+        return PrefillWorker(settings, bus, cast(Any, gate), engine, plane, groups=groups)
 
     def _make_decode(self, bus: MemoryBus, gate: Gate, node: Node) -> DecodeWorker:
         cost = msgspec.structs.replace(self._step_cost, pair_s=0.0)

@@ -149,6 +149,9 @@ class GroupWorld:
             if self.words[worker_id]:
                 yield lambda w=worker_id: self.hear(w)
             yield from (lambda w=worker_id, r=r: self.on(w, lambda: self.worlds[w].opened(r)) for r in world.opening)
+            yield from (
+                lambda w=worker_id, r=r: self.on(w, lambda: self.worlds[w].open_failed(r)) for r in world.leaving
+            )
             yield from (lambda w=worker_id, r=r: self.on(w, lambda: self.worlds[w].handoff(r)) for r in world.streams)
             if world.running is not None and self._can_step(worker_id):
                 yield lambda w=worker_id: self.step(w)

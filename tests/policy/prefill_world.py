@@ -129,6 +129,8 @@ class World:
     auto_open: bool = True
     group: Group | None = None
     opening: dict[RequestId, OpenSequence] = field(default_factory=dict)
+    leaving: set[RequestId] = field(default_factory=set)
+    """Of those: shared, and the other ranks are waited for no more."""
     held: dict[RequestId, Held] = field(default_factory=dict)
     streams: set[RequestId] = field(default_factory=set)
     """Handoffs whose end is awaited."""
@@ -176,6 +178,7 @@ class World:
 
     def opened(self, request_id: RequestId) -> None:
         command = self.opening.pop(request_id)
+        self.leaving.discard(request_id)
         assert request_id not in self.held, "opened twice"
         share = command.share
         held = Held(command.spec, rank=share.rank if share else 0, shared=share is not None)
@@ -186,6 +189,7 @@ class World:
 
     def open_failed(self, request_id: RequestId) -> None:
         command = self.opening.pop(request_id)
+        self.leaving.discard(request_id)
         self.tell(OpenFailed(request_id=request_id, attempt=command.spec.attempt, reason="no room"))
 
     def step(self, token: int = PLAIN_TOKEN) -> None:
@@ -291,6 +295,9 @@ class World:
                 self.stop_asked = True
             case BreakShare(request_id=request_id, attempt=attempt):
                 assert self.group is not None
+                if request_id in self.opening:
+                    self.leaving.add(request_id)
+                    return
                 assert self.running is not None
                 assert any(segment.request_id == request_id for segment in self.running.segments)
                 self.group.broke(request_id, attempt)
