@@ -76,7 +76,8 @@ async def test_a_rank_is_killed_and_the_long_is_served_again(folder, phase):
     rng = random.Random(9)
     prompt = [rng.randrange(1_000) for _ in range(700)]
     tokens, _ = reference_greedy(reference, prompt, 40)
-    async with torch_cluster(folder, group_max=2, threshold_tokens=THRESHOLD, chunk_tokens=32) as c:
+    options = {"threshold_tokens": THRESHOLD, "chunk_tokens": 32, "answer_s": 5.0}
+    async with torch_cluster(folder, group_max=2, **options) as c:
         answer = c.ask(prompt, tokens)
         await c.until(lambda: c.prefills[0].passes_run > 2 if phase == "prefilling" else len(answer.tokens) > 5)
         await c.kill("p1")

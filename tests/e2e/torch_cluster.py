@@ -83,7 +83,8 @@ class WatchedPrefill(TorchPrefillEngine):
     def close(self, request_id: RequestId) -> None:
         sequence = self._sequences.get(request_id)
         if sequence is not None:
-            assert request_id not in self.computed, f"{request_id} was computed here twice"
+            again = sequence.spec.attempt > 0
+            assert again or request_id not in self.computed, f"{request_id} was computed here twice"
             self.computed[request_id] = (sequence.layer_tokens, len(sequence.token_ids))
         super().close(request_id)
 
@@ -107,7 +108,14 @@ class TorchCluster(Cluster):
     """Two prefill workers (one copy of the weights), one decode worker, a router, scheduler, coordinator."""
 
     def __init__(
-        self, folder: Path, *, dtype: DtypeName = "float32", chunk_tokens: int = 64, prefill: int = 2, **options: Any
+        self,
+        folder: Path,
+        *,
+        dtype: DtypeName = "float32",
+        chunk_tokens: int = 64,
+        prefill: int = 2,
+        answer_s: float = BOUND_S,
+        **options: Any,
     ) -> None:
         super().__init__(prefill=prefill, lease_s=BOUND_S, **options)
         self.rng = random.Random(options.get("seed", 0))
@@ -116,6 +124,7 @@ class TorchCluster(Cluster):
         """Everything that the scheduler was told."""
         self._decode_model = load_model(folder, dtype=dtype, device="cpu")  # its engine takes the weights out
         self._chunk_tokens = chunk_tokens
+        self._answer_s = answer_s
         # Rather too slow than too fast: a scheduler that overestimates a prefill lets it be paused to the end.
         self._step_cost = StepCost(pass_s=0.05, token_s=5e-3, pair_s=1e-6)
 
@@ -129,7 +138,7 @@ class TorchCluster(Cluster):
         return cast(WatchedDecode, self.nodes["d0"].engine)
 
     def _make_coordinator(self, bus: MemoryBus, gate: Gate, node: Node) -> SpCoordinator:
-        settings = CoordinatorSettings(answer_s=BOUND_S, lease_s=BOUND_S)
+        settings = CoordinatorSettings(answer_s=self._answer_s, lease_s=BOUND_S)
         return SpCoordinator(settings, bus, cast(Any, gate), incarnation=f"start-{self._starts}")
 
     def _make_prefill(self, bus: MemoryBus, gate: Gate, node: Node) -> PrefillWorker:
