@@ -4,6 +4,7 @@
 `python -m loadtest overhead`  what router, scheduler and NATS add to a short request on an idle cluster
 `python -m loadtest pause`     one prefill worker: from a short that is ready to the long that stands
 `python -m loadtest engine`    stepped prefill beside transformers' own forward; a decode step by batch size
+`python -m loadtest sp`        a long prefill by a group of workers beside one of them alone
 `python -m loadtest fit-costs` the simulator's coefficients of a GPU, fitted to measured tables
 `python -m loadtest sim`       a workload on a simulated cluster of GPUs, under any policy
 `python -m loadtest paper`     the paper's experiments on simulated clusters, each figure beside the paper's, as HTML

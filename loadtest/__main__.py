@@ -13,7 +13,7 @@ from typing import Any
 import loadtest
 from common import logs
 from common.errors import PecSchedError
-from loadtest import engine, fidelity, fit_costs, mixed, mixed_report, overhead, paper, pause, report, scale, sim
+from loadtest import engine, fidelity, fit_costs, mixed, mixed_report, overhead, paper, pause, report, scale, sim, sp
 
 EXIT_INTERRUPTED = 130
 
@@ -148,6 +148,31 @@ def _pause(flags: argparse.Namespace) -> dict[str, Any]:
     )
 
 
+def _sp_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flags(parser)
+    options = sp.SpOptions()
+    parser.set_defaults(tokens=options.tokens, dtype=options.dtype)
+    parser.add_argument("--ranks", type=_positive, default=options.ranks, help="workers in the group [2]")
+    parser.add_argument(
+        "--runs", type=_positive, default=options.runs, help="of each way, in turn; their median counts [3]"
+    )
+
+
+def _sp(flags: argparse.Namespace) -> dict[str, Any]:
+    return sp.run(
+        sp.SpOptions(
+            seed=flags.seed,
+            model=flags.model,
+            cache_dir=flags.cache_dir,
+            tokens=flags.tokens,
+            threads=flags.threads,
+            dtype=flags.dtype,
+            ranks=flags.ranks,
+            runs=flags.runs,
+        )
+    )
+
+
 def _engine_flags(parser: argparse.ArgumentParser) -> None:
     _model_flags(parser)
     parser.add_argument("--runs", type=_positive, default=3, help="of each way, in turn; their median counts [3]")
@@ -219,6 +244,7 @@ BENCHMARKS = {
     ),
     "pause": Benchmark("pause latency of one prefill worker", pause.__doc__, _pause_flags, _pause, pause.show),
     "engine": Benchmark("stepped prefill and decode steps", engine.__doc__, _engine_flags, _engine, engine.show),
+    "sp": Benchmark("long prefill by a group of workers", sp.__doc__, _sp_flags, _sp, sp.show),
     "fit-costs": Benchmark(
         "coefficients of a GPU from measured tables",
         fit_costs.__doc__,

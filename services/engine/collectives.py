@@ -116,7 +116,7 @@ class GroupLinks(Protocol):
         ...
 
     async def close(self) -> None:
-        """End every connection and every attempt at one; links that were joined stay with who holds them."""
+        """Let nobody in any more. Links that were joined stay with who holds them."""
         ...
 
 

@@ -212,7 +212,7 @@ async def _hang_up(calls: Sequence[asyncio.Task[Channel]]) -> None:
 
 def open_group_links(
     *, host: str = "127.0.0.1", port: int = 0, secret: str = "", silence_s: float = 5.0, join_s: float = JOIN_S
-) -> GroupLinksFactory:
+) -> Callable[[], TcpGroupLinks]:
     """A factory of doors that listen on this address (port 0: any free one)."""
 
     def make() -> TcpGroupLinks:

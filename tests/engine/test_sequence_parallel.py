@@ -28,7 +28,7 @@ from tests.engine.models import VOCAB, reference_greedy, reference_model, tiny_m
 COST = StepCost(pass_s=0.001, token_s=0.0001, pair_s=0.0)
 CAPACITY = 2_000
 NEW_TOKENS = 5
-LENGTHS = (1, 2, 3, 31, 64, 211, 390)
+LENGTHS = (1, 2, 31, 64, 331)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ async def test_tokens_and_logits_equal_a_single_workers(
         assert max(parts[1:]) - min(parts[1:]) <= 1
         assert parts[0] - parts[-1] <= NEW_TOKENS
         group.close(name)
-    assert stops >= 12  # of over a hundred in all cases
+    assert stops >= 10  # of over a hundred in all cases
     await group.shutdown()
 
 
@@ -209,7 +209,7 @@ async def test_decode_on_the_shards_with_shorts_sharing_the_pass(
 async def test_no_stop_ends_in_a_deadlock(
     size: int, tmp_path: Path, leads: Leads, request: pytest.FixtureRequest
 ) -> None:
-    wanted = 500 if request.config.getoption("--nightly") else 40
+    wanted = 500 if request.config.getoption("--nightly") else 20
     model = load_model(
         tiny_model("llama", tmp_path / "model", num_hidden_layers=8, hidden_size=36, num_attention_heads=9),
         dtype="float32",
