@@ -162,11 +162,11 @@ async def test_kv_is_reserved_by_share(llama: LoadedModel) -> None:
 
 @pytest.mark.parametrize(("scheme", "size"), [("ring", 2), ("ring", 3), ("ulysses", 2)])
 async def test_decode_on_the_shards_with_shorts_sharing_the_pass(
-    scheme: SequenceScheme, size: int, llama: LoadedModel, folder: Path, leads: Leads
+    scheme: SequenceScheme, size: int, llama: LoadedModel, folder: Path, leads: Leads, request: pytest.FixtureRequest
 ) -> None:
     """On every rank a short prefills and decodes in the passes of the long's decode."""
     group, rng = group_of(llama, size), random.Random(size)
-    prompt, steps = random_prompt(rng, 150), 40
+    prompt, steps = random_prompt(rng, 150), 200 if request.config.getoption("--nightly") else 40
     await group.open("long", prompt, steps, scheme)
     drawn, _ = await generate(group, leads, rng, "long", prompt, 1, 60)
     shorts = [random_prompt(rng, 20 + 3 * at) for at in range(size)]
@@ -181,7 +181,7 @@ async def test_decode_on_the_shards_with_shorts_sharing_the_pass(
         return [segment]
 
     for at, rank in enumerate(group.ranks):
-        rank.engine.open(spec(f"s{at}", shorts[at], 99), shorts[at], None)
+        rank.engine.open(spec(f"s{at}", shorts[at], 250), shorts[at], None)
         rank.company = lambda _, at=at: company(at)
     for position in range(len(prompt), len(prompt) + steps - 1):
         row = Segment(RequestId("long"), position, 1, True)
@@ -297,6 +297,36 @@ async def test_a_lost_rank_frees_the_others_and_the_engines_live_on(
     tokens, _ = await generate(group, leads, rng, "b", prompt, 4, 30)
     assert tokens == reference_greedy(reference_model(folder), prompt, 4)[0]
     await group.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["memory", "tcp"])
+async def test_a_rank_lost_at_any_moment_costs_no_more_than_its_group(
+    kind: str, llama: LoadedModel, folder: Path, leads: Leads, request: pytest.FixtureRequest
+) -> None:
+    """At random moments of prefill and decode, stops included; the next sequence is exact, nothing is left behind."""
+    losses = 50 if request.config.getoption("--nightly") else 6
+    group, rng, lost = group_of(llama, 3, kind, silence_s=30.0), random.Random(50), 0
+    prompt = random_prompt(rng, 120)
+    expected = reference_greedy(reference_model(folder), prompt, 12)[0]
+    for number in range(losses):
+        name, scheme = f"p{number}", rng.choice(["ring", "ulysses"])
+        await group.open(name, prompt, 12, scheme)  # type: ignore[arg-type]
+        serving = asyncio.ensure_future(generate(group, leads, rng, name, prompt, 12, 50))
+        await asyncio.sleep(rng.uniform(0.0, 0.1))
+        rng.choice(group.links).abort()
+        async with asyncio.timeout(PATIENCE_S / 2):
+            (ended,) = await asyncio.gather(serving, return_exceptions=True)
+        if isinstance(ended, GroupBroken):
+            lost += 1
+        else:
+            assert ended[0] == expected  # the moment came too late
+        await group.settled()
+        group.close(name)
+        assert [rank.engine.kv_used_tokens for rank in group.ranks] == [0, 0, 0]
+    assert lost > losses // 2
+    await group.open("last", prompt, 12, "ring")
+    assert (await generate(group, leads, rng, "last", prompt, 12, 50))[0] == expected
+    await group.shutdown("last")
 
 
 async def broken(group: Ranks, rank: int, leading: asyncio.Future[Any], reason: str | None) -> None:
