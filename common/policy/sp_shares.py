@@ -30,8 +30,8 @@ def append_rank(position: int, degree: int) -> int:
 
 
 def reserved_tokens(kv_tokens: int, degree: int) -> int:
-    """What each rank reserves for a sequence that needs `kv_tokens` in all: its share at the most, and one to spare."""
-    return -(-kv_tokens // degree) + 1
+    """What each rank reserves for a sequence that needs `kv_tokens` in all: what the ranks own at the most."""
+    return owned_tokens(kv_tokens, degree, 0)
 
 
 class Shares:

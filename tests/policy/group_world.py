@@ -319,7 +319,7 @@ class GroupWorld:
             leader, *followers = jobs
             for job in followers:
                 assert abs(job.prefilled - leader.prefilled) <= LAYERS * 512 * len(jobs)
-                assert job.kv_tokens <= -(-leader.spec.kv_tokens // len(jobs)) + 1
+                assert job.kv_tokens == -(-leader.spec.kv_tokens // len(jobs))
 
     def require_empty(self) -> None:
         for world in self.worlds.values():
