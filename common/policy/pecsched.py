@@ -13,7 +13,8 @@ Beyond the paper:
 - Shorts go by deadline where clients give one.
 - Longs leave some replicas to shorts, `shorts_spare` times as many as these have kept busy lately, where that costs
   less than pausing: a short that pauses a group of d stops d replicas to use one. What a burst needs beyond, it
-  gets by pausing. Small groups are cheap to pause, and take every place.
+  gets by pausing. Small groups are cheap to pause, and take every place. One long runs in any case; where shorts
+  leave it nothing, on as few replicas as hold its KV.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from common.policy.costs import decode_slot_tokens, shorts_s
 from common.policy.decisions import Decision, PauseLong, PlaceLong, PlaceShort, ResumeLong
 from common.policy.lifecycle import RequestState
 from common.policy.long_planner import LongPlanner
-from common.policy.placement import NoPlace, bounds_of, decoder_for, group_for_long, place_short
+from common.policy.placement import NoPlace, bounds_of, decoder_for, group_for_long, kv_share, place_short
 from common.policy.queues import RequestQueue, by_arrival
 from common.policy.timers import Timers
 from common.units import RequestId, WorkerId
@@ -43,7 +44,11 @@ shorts are done."""
 TRY_AGAIN_S = 0.5
 """A long that found no room looks again when there is more of it, or after this time: shorts may bring less load."""
 LOAD_WINDOW_S = 30.0
-"""Over which the load of shorts is averaged."""
+"""Over which the load of shorts is averaged, or over what has passed since the first of them, if that is less."""
+LOAD_SETTLES_S = 1.0
+"""Passed before the first of them, as it were: one short alone is no load yet."""
+SILENCE_S = 150.0
+"""After so long without a short, the next one is the first again."""
 
 
 class PecSchedPolicy:
@@ -154,19 +159,21 @@ class PecSchedPolicy:
         return None
 
     def _group_for(self, cluster: Cluster, request: Request, now_s: float) -> tuple[WorkerId, ...]:
-        seats = len(cluster.seats)
-        if not seats or not cluster.can_form_groups:
+        everywhere = len(cluster.seats)
+        if not everywhere or not cluster.can_form_groups:
             return ()
-        spared = seats - self._spare(cluster, request, now_s)
-        if cluster.groups or request.spec.kv_tokens <= spared * cluster.kv_max("prefill"):
-            seats = spared  # else: one must run
+        seats = everywhere - self._spare(cluster, request, now_s)
+        if not cluster.groups:  # one must run; many replicas for it would all stop at every short
+            seats = max(seats, min(everywhere, _fewest(cluster, request)))
         members = group_for_long(cluster, self._config, self._planner, request, seats)
         if members or request.spec.kv_tokens > seats * cluster.kv_max("prefill"):
             self._blocked = None
         elif self._blocked is None or self._blocked[0] != request.request_id:
             self._blocked = request.request_id, now_s
         elif now_s - self._blocked[1] >= DRAIN_AFTER_S:
-            return group_for_long(cluster, self._config, self._planner, request, seats, drain=True)
+            tries = (seats,) if cluster.groups else (seats, everywhere)  # KV of others may leave too little in few
+            found = (group_for_long(cluster, self._config, self._planner, request, n, drain=True) for n in tries)
+            return next(filter(None, found), ())
         return members
 
     def _spare(self, cluster: Cluster, request: Request, now_s: float) -> int:
@@ -240,6 +247,11 @@ class PecSchedPolicy:
         return self._shorts.tokens + self._longs.tokens
 
 
+def _fewest(cluster: Cluster, request: Request) -> int:
+    """Empty replicas that hold its KV."""
+    return kv_share(request.spec.kv_tokens, max(1, cluster.kv_max("prefill")))
+
+
 def _due_s(request: Request) -> float:
     if request.order < 0:
         return -math.inf  # it ran before this scheduler did
@@ -247,15 +259,29 @@ def _due_s(request: Request) -> float:
 
 
 class ShortLoad:
-    """Seconds of prefill that shorts bring per second: how many replicas they keep busy. Exponentially averaged."""
+    """Seconds of prefill that shorts bring per second: how many replicas they keep busy. Exponentially averaged.
+
+    The average of a time shorter than the window is over that time: with silence in front of it, the first longs of a
+    cluster, or of a scheduler that takes over, would see no load, take every replica, and be paused for minutes."""
 
     def __init__(self) -> None:
-        self._replicas = 0.0
-        self._at_s = 0.0
+        self._sum = 0.0
+        """Of work, each second's weighted by its age."""
+        self._at_s = -math.inf
+        self._since_s = 0.0
 
     def came(self, work_s: float, now_s: float) -> None:
-        self._replicas = self.replicas(now_s) + work_s / LOAD_WINDOW_S
+        if now_s - self._at_s > SILENCE_S:
+            self._sum, self._since_s = 0.0, now_s - LOAD_SETTLES_S
+        self._sum = self._sum * _weight(now_s - self._at_s) + work_s
         self._at_s = max(self._at_s, now_s)
 
     def replicas(self, now_s: float) -> float:
-        return self._replicas * math.exp(-max(0.0, now_s - self._at_s) / LOAD_WINDOW_S)
+        if not self._sum:
+            return 0.0
+        weights_s = LOAD_WINDOW_S * (1.0 - _weight(now_s - self._since_s))
+        return self._sum * _weight(now_s - self._at_s) / weights_s
+
+
+def _weight(age_s: float) -> float:
+    return math.exp(-max(0.0, age_s) / LOAD_WINDOW_S)

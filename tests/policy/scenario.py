@@ -4,7 +4,7 @@ A line `TIME VERB ARGS…` is an event; lines that start with `→` are what the
 --golden-write` rewrites the answers; review the diff.
 
 `set KEY=VALUE…` sets fields of `SchedulerConfig`; `set group_max=N tokens_per_replica=T` lets longs take groups: one
-replica per T tokens of prompt.
+replica per T tokens of prompt (`T-or_fewer`: or as many as there are).
 """
 
 from __future__ import annotations
@@ -84,13 +84,16 @@ def profile(
 
 
 class PerReplicaPlanner:
-    """So many tokens to a replica, if their KV has room; each prefills 1,000 tokens a second."""
+    """So many tokens to a replica, if their KV has room; each prefills 1,000 tokens a second. `or_fewer`: where there
+    are fewer replicas, those."""
 
-    def __init__(self, tokens_per_replica: int) -> None:
+    def __init__(self, tokens_per_replica: int, *, or_fewer: bool = False) -> None:
         self._tokens_per_replica = tokens_per_replica
+        self._or_fewer = or_fewer
 
     def degree(self, tokens: int, kv_tokens: int, free_by_node: Sequence[int], kv_free_tokens: int) -> int:
         needed = math.ceil(tokens / self._tokens_per_replica)
+        needed = min(needed, sum(free_by_node)) if self._or_fewer else needed
         return needed if needed <= sum(free_by_node) and kv_tokens <= needed * kv_free_tokens else 0
 
     def prefill_s(self, tokens: int, layout: Layout) -> float:
@@ -236,7 +239,8 @@ def replay(text: str) -> str:
             for word in words[1:]:
                 key, value = word.split("=")
                 if key == "tokens_per_replica":
-                    planner = PerReplicaPlanner(int(value))
+                    tokens, _, or_fewer = value.partition("-")
+                    planner = PerReplicaPlanner(int(tokens), or_fewer=or_fewer == "or_fewer")
                     continue
                 settings[key] = msgspec.convert(value, type(getattr(SchedulerConfig(), key)), strict=False)
             continue
