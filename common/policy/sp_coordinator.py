@@ -16,7 +16,7 @@ The rules of one group stand in `sp_group.py`. Here is what spans groups:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import assert_never
 
@@ -61,8 +61,9 @@ from common.policy.sp_io import (
 )
 from common.policy.story import StoryLog
 from common.policy.timers import Timers
-from common.units import Attempt, RequestId
+from common.units import Attempt, RequestId, WorkerId
 
+StandingOrder = RunSegment | PauseSegment | DropSegment
 G = GroupState
 R = RankPhase
 
@@ -294,15 +295,7 @@ class SpCoordinator:
             rank.prefilled(word)
 
     def _drop_stray(self, word: MemberWord) -> None:
-        self._say(
-            DropSegment(
-                worker_id=word.worker_id,
-                request_id=word.request_id,
-                attempt=word.attempt,
-                cause=self._cause,
-                epoch=self._epoch,
-            )
-        )
+        self._say(self._order_to(word.worker_id, (word.request_id, word.attempt), DropSegment))
 
     def _rank_ended(self, group: Group, rank: Rank, how: str, *, retryable: bool) -> None:
         """It holds nothing any more: as it should be, if the request has all its tokens."""
@@ -329,6 +322,8 @@ class SpCoordinator:
         if group.state is G.FORMING:
             return group.all_in(R.LOADED) and self._formed(group)
         if group.state is G.DISSOLVING:
+            if group.leader.phase is R.GONE:
+                self._drop(group, group.followers)
             return group.all_in(R.GONE) and self._end(
                 group, self._failed(group.key, group.failure, retryable=group.retryable)
             )
@@ -405,19 +400,25 @@ class SpCoordinator:
         if group.state is G.DISSOLVING:
             return
         group.failure, group.retryable = reason, retryable
+        leader_first = group.state is G.DECODING and group.leader.phase is not R.GONE
         self._move(group, G.DISSOLVING)
-        for rank in group.ranks:
-            if rank.phase is R.FINISHED:
-                rank.phase = R.GONE
-            elif rank.phase is not R.GONE:
-                self._tell(group, rank, R.DROPPING, DropSegment)
+        for rank in group.in_phase(R.FINISHED):
+            rank.phase = R.GONE
+        self._drop(group, group.ranks[:1] if leader_first else group.ranks)
         self._settle(group)
+
+    def _drop(self, group: Group, ranks: Sequence[Rank]) -> None:
+        for rank in ranks:
+            if rank.phase not in (R.DROPPING, R.GONE):
+                self._tell(group, rank, R.DROPPING, DropSegment)
 
     def _overdue(self, group: Group) -> None:
         """Somebody's time is up: repeat what may be repeated, give up who is silent."""
         for rank in group.in_phase(R.STARTING):
             if self._is_due(rank):
                 self._tell(group, rank, R.STARTING, RunSegment)
+        if group.state is G.DISSOLVING:
+            self._drop(group, group.followers)
         silent = [rank for rank in group.ranks if group.owes(rank) and self._is_due(rank)]
         for rank in silent:
             self._silent(group, rank)
@@ -463,21 +464,17 @@ class SpCoordinator:
         group: Group,
         rank: Rank,
         phase: RankPhase,
-        order: Callable[..., RunSegment | PauseSegment | DropSegment],
+        order: Callable[..., StandingOrder],
         **more: int,
     ) -> None:
-        request_id, attempt = group.key
         rank.phase, rank.asked_s = phase, self._now_s
-        self._say(
-            order(
-                worker_id=rank.worker_id,
-                request_id=request_id,
-                attempt=attempt,
-                cause=self._cause,
-                epoch=self._epoch,
-                **more,
-            )
-        )
+        self._say(self._order_to(rank.worker_id, group.key, order, **more))
+
+    def _order_to(
+        self, worker_id: WorkerId, key: GroupKey, order: Callable[..., StandingOrder], **more: int
+    ) -> StandingOrder:
+        about = {"worker_id": worker_id, "request_id": key[0], "attempt": key[1], "cause": self._cause}
+        return order(**about, epoch=self._epoch, **more)
 
     def _failed(self, key: GroupKey, reason: str, *, retryable: bool) -> GroupFailed:
         return GroupFailed(request_id=key[0], attempt=key[1], reason=reason, retryable=retryable, cause=self._cause)

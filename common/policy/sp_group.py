@@ -10,6 +10,8 @@ The rules, in sentences:
   of them have said that they can join it, so that it does not wait in a pass for a rank that serves shorts.
 - Rank 0 ends the prefill, since it draws the first token, and ends the request, since it draws the last: whatever the
   followers have said by then. They are then told to drop their share, which is their normal end.
+- A group that decodes is dissolved from rank 0 on: the others are told when it has dropped its share, or has not
+  answered for `LEADER_FIRST_S`. Else the pass that rank 0 is in would break, and with it the shorts that share it.
 - The scheduler's last wish counts. A pause asked while the group forms or resumes, a resume asked while it
   pauses, are remembered and take effect at the first moment they can; an order overtaken by its opposite
   before it took effect is void. A pause that meets the end of the prefill is void too: `GroupPrefillFinished`
@@ -46,6 +48,9 @@ from common.policy.core import InvariantViolated
 from common.policy.story import Story
 from common.policy.transitions import Table, require_legal
 from common.units import Attempt, RequestId, WorkerId
+
+LEADER_FIRST_S = 1.0
+"""A step of decoding takes less."""
 
 GroupKey = tuple[RequestId, Attempt]
 GroupStanding = GroupFormed | GroupPaused | GroupResumed | GroupPrefillFinished
@@ -193,6 +198,8 @@ class Group:
     def deadline_s(self, answer_s: float) -> float | None:
         """When the first rank that owes an answer counts as silent, or the first `RunSegment` is repeated."""
         asked = [rank.asked_s for rank in self.ranks if self.owes(rank) or rank.phase is R.STARTING]
+        if self.state is G.DISSOLVING and self.in_phase(R.PREFILLED):
+            return min(asked) + min(answer_s, LEADER_FIRST_S)
         return min(asked) + answer_s if asked else None
 
     def standing(self, cause: str) -> list[GroupStanding]:
@@ -293,7 +300,7 @@ FOLLOWER_PHASES: dict[GroupState, frozenset[RankPhase]] = {
     G.RESUMING: frozenset({R.STARTING, R.RUNNING, R.PREFILLED}),
     G.DECODING: frozenset({R.PREFILLED}),
     G.FINISHING: frozenset({R.DROPPING, R.FINISHED}),
-    G.DISSOLVING: _DROPPED,
+    G.DISSOLVING: _DROPPED | {R.PREFILLED},
     G.GONE: frozenset(),
 }
 """PREFILLED before rank 0 has said so: its share of the last pass was done sooner."""

@@ -159,3 +159,18 @@ def test_messages_are_lost_and_connections_break_with_groups(seed):
             tasks.create_task(cut_and_heal(c, 1))
 
     run(scenario, seed=seed, group_max=2)
+
+
+@virtual
+async def test_shorts_that_share_the_steps_of_a_long_outlive_it():
+    async with cluster(group_max=2) as c:
+        for _ in range(10):
+            long = c.submit(1_500, max_tokens=400)
+            await c.until(lambda long=long: len(long.tokens) > 3)
+            for _ in range(6):
+                c.submit(c.random.randint(100, 400), max_tokens=4)
+                await asyncio.sleep(c.random.uniform(0.0, 0.03))
+            await c.cancel(long)
+        await c.until(lambda: all(answer.ended for answer in c.answers))
+        assert c.count("placed_colocate") > 20
+        assert c.count("interrupted") == 0

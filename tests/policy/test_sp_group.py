@@ -33,7 +33,7 @@ from common.messages.sp import (
 )
 from common.policy.core import InvariantViolated, TimePassed
 from common.policy.sp_coordinator import ENDINGS_KEPT, SpCoordinator
-from common.policy.sp_group import TRANSITIONS, Group, GroupState, Rank
+from common.policy.sp_group import LEADER_FIRST_S, TRANSITIONS, Group, GroupState, Rank
 from common.policy.sp_io import StopAsked
 
 ANSWER_S = 5.0
@@ -331,12 +331,34 @@ def test_dissolved_in_every_state(state, ranks):
         case "decoding":
             scene.decoding()
     assert scene.state == state
-    assert kinds(scene.order(DissolveGroup)) == [DropSegment] * ranks
+    leader_first = state == "decoding"
+    drops = scene.order(DissolveGroup)
+    assert [drop.worker_id for drop in drops] == list(scene.members[: 1 if leader_first else ranks])
     assert scene.order(DissolveGroup) == []
     assert scene.order(PauseGroup) == []
-    (failed,) = scene.words(SegmentDropped)
+    *later, failed = scene.words(SegmentDropped)
+    assert [drop.worker_id for drop in drops + later] == list(scene.members)
     assert (type(failed), failed.reason) == (GroupFailed, "dissolved as asked")
     assert kinds(scene.order(DissolveGroup)) == [GroupFailed]
+
+
+def test_a_group_that_decodes_is_dropped_without_rank_0_if_that_does_not_answer():
+    scene = Scene(3).decoding()
+    scene.order(DissolveGroup)
+    drops = scene.pass_time(ANSWER_S)
+    assert scene.now_s < 1.0 + LEADER_FIRST_S
+    assert [drop.worker_id for drop in drops] == ["w1", "w2"]
+    assert scene.word(SegmentDropped, 1) == []
+    assert scene.word(SegmentDropped, 2) == []
+    assert kinds(scene.pass_time(ANSWER_S)) == [GroupFailed]
+
+
+def test_a_rank_that_fails_while_rank_0_is_asked_first():
+    scene = Scene(3).decoding()
+    scene.order(DissolveGroup)
+    assert scene.word(SegmentFailed, 1) == []
+    assert [drop.worker_id for drop in scene.word(SegmentDropped, 0)] == ["w2"]
+    assert kinds(scene.word(SegmentDropped, 2)) == [GroupFailed]
 
 
 def test_words_that_cross_with_a_drop_change_nothing():
