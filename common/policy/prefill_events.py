@@ -186,6 +186,14 @@ class GroupCalled(Record, frozen=True, kw_only=True):
     announcement: Announcement
 
 
+class GroupLost(Record, frozen=True, kw_only=True):
+    """Rank 0 of a group is gone: it will not call this worker again."""
+
+    request_id: RequestId
+    attempt: Attempt
+    reason: str
+
+
 class SampledToken(Record, frozen=True, kw_only=True):
     request_id: RequestId
     token_id: TokenId
@@ -240,6 +248,7 @@ PrefillLocalEvent = (
     SequenceOpened
     | OpenFailed
     | GroupCalled
+    | GroupLost
     | PassFinished
     | PassStopped
     | PassFailed

@@ -28,6 +28,7 @@ from common.policy.core import InvariantViolated, TimePassed
 from common.policy.prefill_books import PrefillBooks, RunningPass
 from common.policy.prefill_events import (
     GroupCalled,
+    GroupLost,
     HandoffFailed,
     HandoffFinished,
     OpenFailed,
@@ -75,6 +76,8 @@ class PrefillWorkerCore:
                 self._open_failed(event)
             case GroupCalled():
                 self._called(event)
+            case GroupLost():
+                self._lost(event)
             case PassFinished():
                 self._pass_finished(event)
             case PassStopped():
@@ -248,6 +251,11 @@ class PrefillWorkerCore:
         self.books.out.place_kv(job, "filling")
         if isinstance(job, LongJob):
             self.books.out.segment_loaded(job)
+
+    def _lost(self, event: GroupLost) -> None:
+        held = self.books.jobs.get(event.request_id)
+        if isinstance(held, LongJob) and held.attempt == event.attempt and not self.books.in_pass(held):
+            self.books.end(held, Verdict("failed", event.reason))  # one in a pass ends with that
 
     def _open_failed(self, event: OpenFailed) -> None:
         job = self.books.held(event.request_id, event.attempt)

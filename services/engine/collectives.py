@@ -60,6 +60,11 @@ class GroupLink(Protocol):
         pass of the first has ended here."""
         ...
 
+    def on_lost(self, callback: Callable[[str], None]) -> None:
+        """Loop thread, follower: whom to tell, once, that rank 0 is gone, with the reason, if that shows while no pass
+        runs here. (In a pass it raises; and what this rank broke or closed itself is told to nobody.)"""
+        ...
+
     def begin(self) -> None:
         """Loop thread: from now on the link is the computing thread's."""
         ...

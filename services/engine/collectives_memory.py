@@ -74,6 +74,7 @@ class MemoryGroupLink:
         self._pass_no = 0
         self._idle = True
         self._callback: Callable[[Announcement], None] | None = None
+        self._lost: Callable[[str], None] | None = None
         self._stirred = asyncio.Event()
         group.links[rank] = self
 
@@ -91,6 +92,9 @@ class MemoryGroupLink:
         self._callback = callback
         self._hear()
 
+    def on_lost(self, callback: Callable[[str], None]) -> None:
+        self._lost = callback
+
     def begin(self) -> None:
         self._require_whole()
         self._idle = False
@@ -100,7 +104,7 @@ class MemoryGroupLink:
         self.stir()
 
     def close(self) -> None:
-        self._callback = None
+        self._callback = self._lost = None
         self.abort()
 
     def stir(self) -> None:
@@ -126,6 +130,9 @@ class MemoryGroupLink:
         if call is not None:
             self._idle = False
             self._callback(call)
+        elif self._group.why_broken is not None and self._lost is not None:
+            lost, self._lost = self._lost, None
+            lost(self._group.why_broken)
 
     async def opened(self, announcement: Announcement) -> None:
         for rank in self._open(announcement):
@@ -165,6 +172,7 @@ class MemoryGroupLink:
                     message.payload = [memoryview(bytes(view)) for view in message.payload]
 
     def abort(self) -> None:
+        self._lost = None
         self._group.break_off(f"given up by rank {self.rank}")
 
     # --- inside ---

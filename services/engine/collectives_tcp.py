@@ -67,6 +67,7 @@ class TcpGroupLink:
         self._breaking = threading.Lock()
         self._closed = self._listening = self._in_pass = False
         self._callback: Callable[[Announcement], None] | None = None
+        self._lost: Callable[[str], None] | None = None
         self._call = bytearray()
         """What has come of rank 0's next call."""
 
@@ -79,6 +80,9 @@ class TcpGroupLink:
     def on_call(self, callback: Callable[[Announcement], None]) -> None:
         self._callback = callback
         self._listen()
+
+    def on_lost(self, callback: Callable[[str], None]) -> None:
+        self._lost = callback
 
     def begin(self) -> None:
         self._require_whole()
@@ -118,8 +122,11 @@ class TcpGroupLink:
         try:
             announcement = self._hear_call()
         except (GroupBroken, OSError, WireError) as error:
+            told = self._why_broken is not None
             self._break(f"rank 0: {error}")
             self._deafen()
+            if self._lost is not None and not told:
+                self._lost(f"rank 0: {error}")
             return
         if announcement is not None and self._callback is not None:
             self._deafen()

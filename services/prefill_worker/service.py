@@ -38,6 +38,7 @@ from common.policy.prefill_events import (
     FinishHandoff,
     ForgetKv,
     GroupCalled,
+    GroupLost,
     HandoffFailed,
     HandoffFinished,
     OpenFailed,
@@ -76,6 +77,9 @@ log = get_logger(__name__)
 TOKEN_BYTES = 4
 """A token id is a little-endian int32."""
 
+
+LOST_AFTER_S = 0.5
+"""An order takes less."""
 
 GroupLinksFactory = Callable[[], GroupLinks]
 """Opens this worker's door for groups; called on the event loop. Raises: OSError, if the address is taken."""
@@ -143,6 +147,7 @@ class PrefillWorker:
         finally:
             for link in self._links.values():
                 link.close()
+            self._links.clear()
             if self._groups is not None:
                 await self._groups.close()
 
@@ -321,6 +326,16 @@ class PrefillWorker:
         link = self._links[spec.request_id]
         share = GroupShare(rank=part.rank, size=len(part.addresses), scheme=part.scheme, link=link)
         self._engine.open_share(spec, token_ids, share, partial(self._called, spec.attempt))
+        link.on_lost(partial(self._lost, spec.request_id, spec.attempt))
+
+    def _lost(self, request_id: RequestId, attempt: Attempt, reason: str) -> None:
+        """Told a little later: rank 0 leaves at the end of a request too; then the order to drop it is on its way."""
+        event = GroupLost(request_id=request_id, attempt=attempt, reason=reason)
+        asyncio.get_running_loop().call_later(LOST_AFTER_S, self._tell_if_held, event)
+
+    def _tell_if_held(self, event: GroupLost) -> None:
+        if event.request_id in self._links:
+            self._shell.tell(event)
 
     def _called(self, attempt: Attempt, request_id: RequestId, announcement: Announcement) -> None:
         self._shell.tell(GroupCalled(request_id=request_id, attempt=attempt, announcement=announcement))

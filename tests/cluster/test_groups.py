@@ -113,7 +113,7 @@ def test_a_lost_rank_frees_the_other_and_the_long_is_served_again(name, phase):
                     await c.until(lambda: len(long.tokens) > 10)
             other = c.engines()["p1" if name == "p0" else "p0"]
             await c.kill(name)
-            if phase in ("prefilling", "decoding"):
+            if phase in ("prefilling", "decoding") or (phase == "paused" and name == "p0"):
                 await c.until(lambda: other.kv_used_tokens == 0, within_s=1.0)
             await asyncio.sleep(2.0)
             c.start(name)

@@ -247,6 +247,18 @@ async def test_an_idle_rank_learns_of_the_end_at_its_next_pass(kind: str) -> Non
         assert not calls
 
 
+async def test_an_idle_follower_is_told_once_that_rank_0_is_gone(kind: str) -> None:
+    async with group(kind, 3) as links:
+        lost: list[int] = []
+        for link in links:
+            link.on_call(lambda _: None)
+            link.on_lost(lambda _, rank=link.rank: lost.append(rank))
+        links[2].close()  # what it did itself it need not be told
+        links[0].close()
+        await asyncio.sleep(0.05)
+        assert lost == [1]
+
+
 async def test_groups_of_the_same_workers_do_not_mix(kind: str) -> None:
     at = doors(kind, 2)
     both = await asyncio.gather(joined(at, "a"), joined(at, "b"), joined(at, "a", attempt=1))

@@ -27,7 +27,7 @@ from common.messages.sp import (
     ResumeGroup,
 )
 from common.policy.core import TimePassed
-from common.policy.prefill_events import GroupCalled, PassSegment
+from common.policy.prefill_events import GroupCalled, GroupLost, PassSegment
 from common.policy.prefill_jobs import LongJob, LongState
 from common.policy.prefill_worker import PrefillWorkerCore
 from common.policy.sp_coordinator import SpCoordinator
@@ -64,6 +64,8 @@ class Link:
     within: dict[WorkerId, Led] = field(default_factory=dict)
     """The last pass that each rank joined; rank 0 may be in the next one already."""
     left: set[WorkerId] = field(default_factory=set)
+    to_tell: set[WorkerId] = field(default_factory=set)
+    """Followers that do not know yet that rank 0 was killed."""
     broken: bool = False
 
 
@@ -95,6 +97,9 @@ class GroupWorld:
         for link in self.links.values():
             if worker_id in link.members:
                 link.broken = True
+                link.to_tell.discard(worker_id)
+            if worker_id == link.members[0]:
+                link.to_tell = set(link.members[1:])
         self.start(worker_id)
         self.seen["killed"] += 1
 
@@ -156,6 +161,7 @@ class GroupWorld:
             if world.running is not None and self._can_step(worker_id):
                 yield lambda w=worker_id: self.step(w)
         for key, link in self.links.items():
+            yield from (lambda k=key, w=w: self.tell_lost(k, w) for w in link.to_tell)
             if link.to_call and link.called is None and not (link.broken or link.left) and self._hears(link):
                 yield lambda k=key: self.call(k)
 
@@ -212,6 +218,11 @@ class GroupWorld:
         world = self.worlds[link.called]
         self.seen["called while busy"] += world.running is not None
         self.on(link.called, lambda: world.tell(event))
+
+    def tell_lost(self, key: Key, worker_id: WorkerId) -> None:
+        self.links[key].to_tell.discard(worker_id)
+        event = GroupLost(request_id=key[0], attempt=key[1], reason="rank 0 is gone")
+        self.on(worker_id, lambda: self.worlds[worker_id].tell(event))
 
     def deliver(self, worker_id: WorkerId) -> None:
         order = self.orders[worker_id].popleft()
