@@ -43,7 +43,7 @@ async def test_longs_over_several_workers_paused_at_random_answer_as_transformer
     lengths = [length for long in longs for length in (long, *(rng.randint(1, THRESHOLD) for _ in range(3)))]
     asked = [[rng.randrange(1_000) for _ in range(length)] for length in lengths]
     expected = [reference_greedy(reference, prompt, NEW_TOKENS)[0] for prompt in asked]
-    options = {"threshold_tokens": THRESHOLD, "pause_remaining_min_s": 0.0, "chunk_tokens": 32}
+    options = {"threshold_tokens": THRESHOLD, "pause_remaining_min_s": 0.0, "chunk_tokens": 32, "shorts_spare": 0.0}
     async with torch_cluster(folder, prefill=workers, group_max=workers, **options) as c:
         pauser = Pauser(c, run_s=0.02, rest_s=0.005)
         pausing = asyncio.create_task(pauser.run())
