@@ -59,7 +59,9 @@ def _serve(group: GroupPass, rank: int, query: Tensor, keys: Tensor, values: Ten
     (theirs,) = group.receive(rank, [(1, query.shape[1], tokens, query.shape[3])], query)
     seen = _seen(group, group.rank, rank)
     if tokens and seen:
-        group.send(rank, attend(theirs, keys[:, :, :seen], values[:, :, :seen], scaling))
+        partial = attend(theirs, keys[:, :, :seen], values[:, :, :seen], scaling)
+        group.decide()
+        group.send(rank, partial)
 
 
 def _lend(

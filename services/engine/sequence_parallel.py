@@ -4,7 +4,9 @@ A chunk's tokens are split over the ranks (`sp_shares.py`); each puts its own th
 attention needs the others, and only there they exchange tensors, by one of two schemes (`ring.py`, `ulysses.py`).
 A token drawn goes through the modules of rank 0 alone; the others lend it their KV.
 
-Every step begins with a message of rank 0 to each other rank, which also says whether the pass stops after it.
+Every step begins with a message of rank 0 to each other rank, which also says whether the pass stops after it. Where
+rank 0 has more to send to each of them in the same step, what it says last counts: a stop asked for while it
+computed its attention takes effect one step sooner.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ class GroupPass:
         """Rank 0 has said in the step just done that the pass stops after it."""
         self._stop_wanted = stop_wanted
         self._step = 0
+        self._decided = False
+        """Rank 0 has said its last word in this step."""
 
     @property
     def end(self) -> int:
@@ -98,6 +102,7 @@ class GroupPass:
         """Attention of the own tokens to the whole sequence so far, [1, query_heads, own tokens, head_dim]; the KV
         that this rank keeps is in its cache afterwards. Raises: GroupBroken."""
         self._step = layer
+        self._decided = False
         if self.rank == 0:
             self.stopping = self._stop_wanted()
         scheme = ring_attention if self.shared.share.scheme == "ring" else ulysses_attention
@@ -120,6 +125,12 @@ class GroupPass:
         elif self.rank == 0:
             return self.receive(holder, [like.shape], like)[0]
         return None
+
+    def decide(self) -> None:
+        """Rank 0, before it sends its last message of a step to the first of the others: the same to all."""
+        if self.rank == 0 and not self._decided and all(self.part(rank) for rank in range(self.size)):
+            self.stopping = self.stopping or self._stop_wanted()
+        self._decided = True
 
     # --- tensors ---
 

@@ -43,6 +43,7 @@ def ulysses_attention(
     if mine.query_heads:
         attended = attend_at_end(queries, *kv.read(layer, 0, group.end), scaling)[0]
         out[:, slice(*mine.query)] = attended[:, :, own]
+        group.decide()
         for rank in group.others():
             if group.part(rank):
                 group.send(rank, [attended[:, :, bounds[rank] : bounds[rank + 1]]])

@@ -403,6 +403,36 @@ async def test_a_follower_cannot_stop_the_group(llama: LoadedModel, monkeypatch:
     await group.shutdown()
 
 
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("scheme", ["ring", "ulysses"])
+async def test_a_stop_during_attention_takes_effect_in_that_step(
+    scheme: SequenceScheme, size: int, llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group, decide, calls = group_of(llama, size), GroupPass.decide, 0
+
+    def late(part: GroupPass) -> None:
+        nonlocal calls
+        if part.rank == 0:
+            calls += 1
+            group.leader.stop()
+        decide(part)
+        if part.rank == 0:
+            group.ranks[0].engine.stop()  # after the first was told it is too late: all must hear the same
+
+    monkeypatch.setattr(GroupPass, "decide", late)
+    await group.open("a", [3] * 20, 5, scheme)
+    result = await group.run([Segment(RequestId("a"), 0, 20, True)])
+    assert (result.finished, result.steps_done) == (False, 1)
+    result = await group.resume("a")
+    assert (result.finished, result.steps_done) == (False, 2)
+    assert calls >= 2
+    # A chunk too small for all: what rank 0 said first holds, and the stop comes a step later.
+    await group.open("b", [3] * 20, 5, scheme)
+    result = await group.run([Segment(RequestId("b"), 0, size - 1, False)])
+    assert (result.finished, result.steps_done) == ((False, 2) if size > 2 or scheme == "ulysses" else (True, 3))
+    await group.shutdown("a", "b")
+
+
 async def test_a_rank_is_called_with_what_rank_0_runs(llama: LoadedModel, leads: Leads) -> None:
     group = group_of(llama, 3)
     await group.open("a", [3] * 20, 5, "ring")
