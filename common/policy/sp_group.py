@@ -16,10 +16,10 @@ The rules, in sentences:
   pauses, are remembered and take effect at the first moment they can; an order overtaken by its opposite
   before it took effect is void. A pause that meets the end of the prefill is void too: `GroupPrefillFinished`
   answers it. Each ordering of the two on the wire is legal.
-- Which waits are bounded. `LoadSegment` (reserve, fetch the prompt), `PauseSegment` and `DropSegment` (end the
-  step that runs) need at most a step of a worker's time: a rank that has not answered within `answer_s` is
-  silent, fails the group, and the other ranks are told to drop it. `RunSegment` may wait behind shorts that
-  came to that worker before it, and prefilling and decoding take as long as they take: they have no bound
+- Which waits are bounded. `LoadSegment` (reserve, fetch the prompt, meet the other ranks), `PauseSegment` and
+  `DropSegment` (end the step that runs) need at most a step of a worker's time: a rank that has not answered within
+  `answer_s` is silent, fails the group, and the other ranks are told to drop it. `RunSegment` may wait behind shorts
+  that came to that worker before it, and prefilling and decoding take as long as they take: they have no bound
   here. A worker lost meanwhile is noticed by the scheduler, which hears the workers' heartbeats and dissolves the
   group. So that one lost message does not stop a group for ever, an unanswered `RunSegment` is repeated
   every `answer_s`; it is idempotent.

@@ -264,7 +264,21 @@ class PrefillWorker:
         return data
 
     async def _join(self, command: OpenSequence, share: SequenceShare) -> None:
-        """Meet the other ranks, then open this rank's share."""
+        """Meet the other ranks, then open this rank's share; unless told to wait for them no more."""
+        request_id, task = command.spec.request_id, asyncio.current_task()
+        assert task is not None
+        self._joining[request_id] = task
+        try:
+            await self._meet(command, share)
+        except asyncio.CancelledError:
+            if task not in self._leaving:
+                raise
+            self._open_failed(command, "given up while its ranks had not met")
+        finally:
+            del self._joining[request_id]
+            self._leaving.discard(task)
+
+    async def _meet(self, command: OpenSequence, share: SequenceShare) -> None:
         if self._groups is None:
             self._open_failed(command, "this worker serves longs alone", retryable=False)
             return
@@ -273,22 +287,11 @@ class PrefillWorker:
             return
         spec = command.spec
         key = GroupKey(request_id=spec.request_id, attempt=spec.attempt)
-        task = asyncio.current_task()
-        assert task is not None
-        self._joining[spec.request_id] = task
         try:
             link = await self._groups.join(key, share.rank, share.addresses)
         except GroupBroken as error:
             self._open_failed(command, str(error))
             return
-        except asyncio.CancelledError:
-            if task not in self._leaving:
-                raise
-            self._open_failed(command, "given up while its ranks had not met")
-            return
-        finally:
-            del self._joining[spec.request_id]
-            self._leaving.discard(task)
         self._links[spec.request_id] = link
         self._reserve(command, data)
         if spec.request_id not in self._links:

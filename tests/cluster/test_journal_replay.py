@@ -42,6 +42,7 @@ def recorded(path, **options):
         {"policy": "reservation"},
         {"policy": "priority"},
         {"disaggregation": False, "colocation": False},
+        {"group_max": 2, "shorts_spare": 0.0},
     ],
     ids=str,
 )
