@@ -195,6 +195,8 @@ class Cluster:
         """Whether an SP coordinator is there."""
         self._kv_max: dict[str, int] = {}
         self._per_node: Counter[str] = Counter()
+        self._largest_nodes: dict[int, list[int]] = {}
+        """Answers of `replicas_by_node`, until a worker comes or goes."""
 
     # --- workers ---------------------------------------------------------------------------------
 
@@ -214,6 +216,7 @@ class Cluster:
             worker = self.decoders[profile.worker_id] = Decoder(profile=profile, heard_s=now_s)
         self._reindex(worker)
         self._kv_max.clear()
+        self._largest_nodes.clear()
         return worker
 
     def kv_max(self, role: WorkerRole) -> int:
@@ -225,7 +228,10 @@ class Cluster:
 
     def replicas_by_node(self, count: int) -> list[int]:
         """How many replicas the `count` largest nodes have."""
-        return [size for _, size in self._per_node.most_common(count) if size]
+        found = self._largest_nodes.get(count)
+        if found is None:
+            found = self._largest_nodes[count] = [size for _, size in self._per_node.most_common(count) if size]
+        return found
 
     def remove_worker(self, worker_id: WorkerId) -> None:
         """Forget a lost worker and all it held. Requests that ran there are the caller's to interrupt."""
@@ -240,6 +246,7 @@ class Cluster:
         for index in (self.seats, self.vacant, self.decoder_load):
             index.discard(worker_id)
         self._kv_max.clear()
+        self._largest_nodes.clear()
 
     def suspect(self, worker: Replica | Decoder, suspected: bool) -> None:
         worker.suspected = suspected

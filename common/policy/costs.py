@@ -8,6 +8,7 @@ once.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 from common.messages.cluster import StepCost
 
@@ -54,6 +55,7 @@ def chunk_tokens(cost: StepCost, layers: int, past: int, *, step_s_max: float, t
     return min(CHUNK_GRAIN_TOKENS, tokens_max)
 
 
+@lru_cache(maxsize=4096)
 def decode_slot_tokens(kv_tokens: int) -> int:
     """What a decode worker reserves for a sequence: the next power of two, at least 256 (its slots come
     in these sizes)."""

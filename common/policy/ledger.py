@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Final
 
 import msgspec
 
@@ -35,6 +36,9 @@ from common.policy.transitions import require_legal
 from common.units import RequestId, RouterId, WorkerId
 
 ENDED_REMEMBERED_MAX = 10_000
+
+WITH_SPEC: Final = (RunPrefill, ExpectKv, FormGroup)
+"""Orders that carry the request itself."""
 
 
 PolicyClass = Callable[[SchedulerConfig, LongPlanner], SchedulingPolicy]
@@ -259,10 +263,7 @@ class Ledger:
     ) -> None:
         """Stamp a message with its cause and this scheduler's epoch, and send it."""
         command = msgspec.structs.replace(command, cause=self.cause, epoch=self.epoch)
-        request_id = (
-            command.spec.request_id if isinstance(command, RunPrefill | ExpectKv | FormGroup) else command.request_id
-        )
-        self.note(request_id, command)
+        self.note(command.spec.request_id if isinstance(command, WITH_SPEC) else command.request_id, command)
         self.out.append(command)
 
     def accept(self, request: Request) -> None:

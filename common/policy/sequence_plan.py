@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from common.messages.base import Record
 from common.policy.cost_model import CostModel
@@ -27,6 +27,9 @@ from common.policy.sequence_costs import (
 from common.units import Seconds, Tokens
 
 __all__ = ["Layout", "PlanRefused", "SequencePlan", "SpPlanner", "decode_step_s", "layout_of", "plan_prefill"]
+
+KeyT = TypeVar("KeyT")
+ValueT = TypeVar("ValueT")
 
 SCHEMES: tuple[Scheme, ...] = ("ulysses", "megatron")
 """Of equal ones (T = 1 has one MLP, a single processor one of everything) the first is named."""
@@ -151,6 +154,7 @@ class SpPlanner:
         """By which groups are sized."""
         self._balanced: dict[tuple[int, Layout], float] = {}
         self._plain: dict[tuple[int, Layout], float] = {}
+        self._degrees: dict[tuple[int, int, tuple[int, ...]], int] = {}
 
     def __repr__(self) -> str:
         how = "fast SP" if self._fast_sp else f"plain {self._plain_ring} ring"
@@ -169,6 +173,17 @@ class SpPlanner:
         fewest = max(1, -(-kv_tokens // kv_free_tokens))
         if fewest > self._degree_max:
             return 0
+        if tokens < 2 * self._degree_max:  # so few may be too few to split
+            return self._search(tokens, fewest, free_by_node)
+        key = (_rounded(tokens), fewest, tuple(free_by_node))
+        degree = self._degrees.get(key)
+        if degree is None:
+            degree = self._search(tokens, fewest, free_by_node)
+            _keep(self._degrees, key, degree)
+        return degree
+
+    def _search(self, tokens: int, fewest: int, free_by_node: Sequence[int]) -> int:
+        """See `degree`."""
         layout = layout_of(free_by_node, fewest)
         if not layout or tokens < _tokens_min(layout):
             return 0
@@ -321,7 +336,7 @@ def _rounded(tokens: int) -> int:
     return -(-tokens // grain) * grain
 
 
-def _keep(cache: dict[tuple[int, Layout], float], key: tuple[int, Layout], seconds: float) -> None:
+def _keep(cache: dict[KeyT, ValueT], key: KeyT, value: ValueT) -> None:
     if len(cache) >= CACHE_MAX:
         cache.clear()
-    cache[key] = seconds
+    cache[key] = value
