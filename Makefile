@@ -44,7 +44,7 @@ lint: $(STAMP) ## style, types and the arrows between the folders
 	@echo '== import contracts'; $(BIN)/lint-imports
 
 test: lint ## everything that must be green: lint, then every test
-	@echo '== pytest'; OMP_NUM_THREADS=1 $(BIN)/pytest $(ARGS)
+	@echo '== pytest'; OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 format: $(STAMP) ## rewrite the code in the house style
 	$(BIN)/ruff check --fix .

@@ -72,6 +72,9 @@ def _cluster_flags(parser: argparse.ArgumentParser) -> None:
 def _mixed_flags(parser: argparse.ArgumentParser) -> None:
     _cluster_flags(parser)
     defaults = mixed.MixedOptions()
+    parser.add_argument(
+        "--serve-pecsched", default="", metavar="FLAGS", help="as --serve, for the clusters whose policy is pecsched"
+    )
     parser.add_argument("--shorts", type=_positive, default=defaults.shorts, help="at least so many per setting [200]")
     parser.add_argument("--longs", type=_not_negative, default=defaults.longs, help="at least so many per setting [8]")
     parser.add_argument(
@@ -98,6 +101,7 @@ def _mixed(flags: argparse.Namespace) -> dict[str, Any]:
             nats_url=flags.nats_url,
             api_key=flags.api_key,
             serve_flags=tuple(shlex.split(flags.serve)),
+            pecsched_flags=tuple(shlex.split(flags.serve_pecsched)),
         )
     )
 

@@ -75,6 +75,8 @@ class MixedOptions:
     nats_url: str = ""
     api_key: str = ""
     serve_flags: tuple[str, ...] = ()
+    pecsched_flags: tuple[str, ...] = ()
+    """More of them where the policy is pecsched."""
 
 
 @dataclass(slots=True)
@@ -119,6 +121,8 @@ class Setting:
 
 def run(options: MixedOptions) -> dict[str, Any]:
     """Everything, in order. Raises: PecSchedError."""
+    if options.url and (options.serve_flags or options.pecsched_flags):
+        raise MeasurementFailed("--serve and --serve-pecsched are for clusters that this starts: leave them out with --url")
     return asyncio.run(_run(options))
 
 
@@ -167,7 +171,8 @@ class Bench:
     async def _cluster(self, policy: str) -> AsyncIterator[tuple[Place, Client]]:
         async with AsyncExitStack() as stack:
             with self._bars.waiting(f"starting a cluster, policy {policy}"):
-                flags = ("--policy", policy, *self.options.serve_flags)
+                own = self.options.pecsched_flags if policy == "pecsched" else ()
+                flags = ("--policy", policy, *self.options.serve_flags, *own)
                 place = await stack.enter_async_context(served(flags, self._bars.say))
             client = await stack.enter_async_context(self._client(place))
             await self.warm_up(client)

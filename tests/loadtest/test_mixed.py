@@ -10,8 +10,10 @@ import msgspec
 import pytest
 
 from common.errors import StartupError
+from loadtest import mixed
 from loadtest.__main__ import main, parse
 from loadtest.cluster import served
+from loadtest.runner import MeasurementFailed
 
 SETTING_KEYS = {
     "short_ttft_s": {"p50", "p95", "p99"},
@@ -66,6 +68,11 @@ async def test_a_cluster_that_cannot_start_says_why() -> None:
             async with served(("--threshold-tokens", "many"), said.append):
                 pytest.fail("it started")
     assert "--threshold-tokens" in str(caught.value).splitlines()[-1]
+
+
+def test_flags_for_a_cluster_that_runs_already_are_refused() -> None:
+    with pytest.raises(MeasurementFailed, match="leave them out with --url"):
+        mixed.run(mixed.MixedOptions(url="http://127.0.0.1:1", pecsched_flags=("--group-max", "2")))
 
 
 @pytest.mark.parametrize(
