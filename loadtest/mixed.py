@@ -122,7 +122,7 @@ class Setting:
 def run(options: MixedOptions) -> dict[str, Any]:
     """Everything, in order. Raises: PecSchedError."""
     if options.url and (options.serve_flags or options.pecsched_flags):
-        raise MeasurementFailed("--serve and --serve-pecsched are for clusters that this starts: leave them out with --url")
+        raise MeasurementFailed("--serve and --serve-pecsched are for clusters started here: leave them out with --url")
     return asyncio.run(_run(options))
 
 
