@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from common.messages.cluster import StepCost
+from common.messages.groups import Announcement
 from common.messages.requests import Prompt, RequestSpec
 from common.units import RequestId, RouterId
 from services.engine.convert import ensure_model
@@ -124,8 +125,10 @@ class LogitsKept(TorchPrefillEngine):
 
     logits: torch.Tensor | None = None  # [segments that sample, vocab]
 
-    def _compute(self, pass_run: PassRun, loop: asyncio.AbstractEventLoop) -> PassResult:
-        result = super()._compute(pass_run, loop)
+    def _compute(
+        self, pass_run: PassRun, announcement: Announcement | None, loop: asyncio.AbstractEventLoop
+    ) -> PassResult:
+        result = super()._compute(pass_run, announcement, loop)
         self.logits = pass_run.logits
         return result
 
