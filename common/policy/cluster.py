@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import msgspec
 from sortedcontainers import SortedDict
 
 from common.messages.base import Record
@@ -53,8 +54,7 @@ class SchedulerConfig(Record, frozen=True, kw_only=True):
     reserved_long_tokens: int = 500_000
 
 
-@dataclass(slots=True, eq=False)
-class Request:
+class Request(msgspec.Struct, eq=False):
     """An accepted request that has not ended."""
 
     spec: RequestSpec
@@ -97,8 +97,7 @@ class Request:
         return (self.prefill_worker, self.decode_worker)
 
 
-@dataclass(slots=True, eq=False)
-class Reservation:
+class Reservation(msgspec.Struct, eq=False):
     """KV set aside on a worker for one attempt of a request."""
 
     tokens: int

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final
 
-import msgspec
+from msgspec.structs import force_setattr
 
 from common.messages.base import Record
 from common.messages.decode import ExpectKv
@@ -262,7 +262,9 @@ class Ledger:
         | DissolveGroup,
     ) -> None:
         """Stamp a message with its cause and this scheduler's epoch, and send it."""
-        command = msgspec.structs.replace(command, cause=self.cause, epoch=self.epoch)
+        # In place, though it is frozen: it was made for this call, and nobody else has seen it yet.
+        force_setattr(command, "cause", self.cause)
+        force_setattr(command, "epoch", self.epoch)
         self.note(command.spec.request_id if isinstance(command, WITH_SPEC) else command.request_id, command)
         self.out.append(command)
 
