@@ -21,10 +21,18 @@ from common.messages.base import Message
 from services.engine.collectives import RANKS_MAX, GroupBroken, GroupKey, GroupLinks
 from services.engine.collectives_tcp import TcpGroupLink
 from services.engine.owned_tasks import OwnedTasks
-from services.engine.transport_frames import HELLO_BYTES_MAX, Channel, ConnectionBroken, admit, dial, greet, listen
+from services.engine.transport_frames import (
+    HELLO_BYTES_MAX,
+    Channel,
+    ConnectionBroken,
+    admit,
+    connections,
+    dial,
+    greet,
+    listen,
+)
 
 CONNECTIONS_MAX = 1024
-ACCEPT_AGAIN_S = 0.1
 JOIN_S = 10.0
 
 log = get_logger(__name__)
@@ -149,19 +157,8 @@ class TcpGroupLinks:
             await gathering.changed.wait()
 
     async def _answer_the_door(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                sock, peer = await loop.sock_accept(self._listener)
-            except OSError as error:  # out of file descriptors, or a peer that hung up at once
-                log.warning("could not take a group connection", error=str(error))
-                await asyncio.sleep(ACCEPT_AGAIN_S)
-                continue
-            if self._connections >= CONNECTIONS_MAX:
-                log.warning("too many group connections; refused one", peer=str(peer), bound=CONNECTIONS_MAX)
-                sock.close()
-                continue
-            self._tasks.spawn(self._receive(Channel(sock, silence_s=self._silence_s), str(peer)), f"group from {peer}")
+        async for sock, peer in connections(self._listener, "group", lambda: CONNECTIONS_MAX - self._connections):
+            self._tasks.spawn(self._receive(Channel(sock, silence_s=self._silence_s), peer), f"group from {peer}")
 
     async def _receive(self, channel: Channel, peer: str) -> None:
         self._connections += 1

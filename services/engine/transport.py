@@ -29,6 +29,7 @@ from services.engine.transport_frames import (
     StreamAccepted,
     StreamVerified,
     admit,
+    connections,
     listen,
 )
 from services.engine.transport_frames import StreamRefused as StreamRefusedFrame
@@ -37,7 +38,6 @@ from services.engine.transport_send import Link, OutgoingStream
 CONNECTIONS_MAX = 1024
 LAYERS_MAX = 4096
 REASON_CHARS_MAX = 400
-ACCEPT_AGAIN_S = 0.1
 
 log = get_logger(__name__)
 
@@ -230,18 +230,9 @@ class TcpDataPlane:
                 del self._links[link.address]
 
     async def _listen(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                sock, peer = await loop.sock_accept(self._listener)
-            except OSError as error:  # out of file descriptors, or a peer that hung up at once
-                log.warning("could not take a data plane connection", error=str(error))
-                await asyncio.sleep(ACCEPT_AGAIN_S)
-                continue
-            if len(self._connections) >= CONNECTIONS_MAX:
-                log.warning("too many data plane connections; refused one", peer=str(peer), bound=CONNECTIONS_MAX)
-                sock.close()
-                continue
+        async for sock, peer in connections(
+            self._listener, "data plane", lambda: CONNECTIONS_MAX - len(self._connections)
+        ):
             connection = _Connection(Channel(sock, silence_s=self._silence_s), self._receiver)
             self._connections.add(connection)
             self._tasks.spawn(self._serve(connection), f"data plane from {peer}")

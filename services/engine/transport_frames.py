@@ -22,10 +22,11 @@ import hashlib
 import hmac
 import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import UnionType
 from typing import Any
 
+from common.logs import get_logger
 from common.messages.base import Message
 from common.runtime.wire import WireError, decode, encode
 from common.units import Bytes, Tokens
@@ -38,7 +39,11 @@ SLICE_BYTES = 1 << 20
 """Payload per send or receive call: each makes progress within the bound on silence, or the peer is lost."""
 VIEWS_MAX = 256
 """Buffers per call; systems take at most 1024."""
+ACCEPT_AGAIN_S = 0.1
+"""After a connection that could not be taken."""
 PROTOCOL = "pecsched-kv-1"
+
+log = get_logger(__name__)
 
 
 class Challenge(Message, frozen=True, kw_only=True):
@@ -303,3 +308,23 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+async def connections(
+    listener: socket.socket, kind: str, room: Callable[[], int]
+) -> AsyncIterator[tuple[socket.socket, str]]:
+    """Until cancelled: each connection that is made to the listener, and who made it. One that comes while there is no
+    room is closed at once."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            sock, peer = await loop.sock_accept(listener)
+        except OSError as error:  # out of file descriptors, or a peer that hung up at once
+            log.warning("could not take a connection", kind=kind, error=str(error))
+            await asyncio.sleep(ACCEPT_AGAIN_S)
+            continue
+        if room() <= 0:
+            log.warning("too many connections; refused one", kind=kind, peer=str(peer))
+            sock.close()
+            continue
+        yield sock, str(peer)
