@@ -163,12 +163,15 @@ class PrefillWorkerSettings(WorkerSettings, frozen=True, kw_only=True):
     join_s: Annotated[Duration, Meta(description="how long workers that are to share a long wait for each other")] = 4.0
     long_nice: Annotated[
         int, Meta(ge=0, le=19, description="niceness of the thread that prefills longs (CPU): shorts come first")
-    ] = 10
+    ] = 8
 
 
 class DecodeWorkerSettings(WorkerSettings, frozen=True, kw_only=True):
     rows_max: Annotated[Count, Meta(description="sequences in one decode batch")] = 32
     expect_s: Annotated[Duration, Meta(description="how long KV stays reserved for a prompt that does not come")] = 30.0
+    decode_nice: Annotated[
+        int, Meta(ge=0, le=19, description="niceness of the thread that decodes (CPU): prompts come first")
+    ] = 16
 
 
 POSITIONAL = "positional"

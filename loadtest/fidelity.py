@@ -31,14 +31,14 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from common.messages.base import Record
 from common.messages.requests import LengthClass
 from common.policy.cluster import SchedulerConfig
-from common.settings import PrefillWorkerSettings, ServeSettings
+from common.settings import DecodeWorkerSettings, PrefillWorkerSettings, ServeSettings, WorkerSettings
 from common.settings_loader import load
 from loadtest import report
 from loadtest.client import Client
@@ -60,6 +60,8 @@ METRICS = ("ttft_s", "jct_s")
 ANSWER_S = 300.0
 QUIET_S = 1.0
 """Between two loads."""
+
+_Settings = TypeVar("_Settings", bound=WorkerSettings)
 
 
 class FidelityOptions(Record, frozen=True, kw_only=True):
@@ -150,14 +152,20 @@ async def _run(options: FidelityOptions, settings: ServeSettings, config: Schedu
 async def _live_cluster(client: Client, settings: ServeSettings, config: SchedulerConfig) -> LiveCluster:
     """As the scheduler sees it, with the settings that `serve` gave its workers."""
     profiles = [worker.profile for worker in (await view_of(client)).workers]
-    role = next(role for role in make_plan(settings, 0).workers if role.settings is PrefillWorkerSettings)
     return LiveCluster(
         config=config,
         prefill=tuple(profile for profile in profiles if profile.role == "prefill"),
         decode=tuple(profile for profile in profiles if profile.role == "decode"),
-        worker=load(PrefillWorkerSettings, [], role_environment(role, settings, os.environ, "nats://", "redis://")),
+        worker=_given(settings, PrefillWorkerSettings),
+        decoder=_given(settings, DecodeWorkerSettings),
         cores=0 if settings.engine == "timed" else usable_cores(),
     )
+
+
+def _given(settings: ServeSettings, kind: type[_Settings]) -> _Settings:
+    """What `serve` gave its workers of this kind."""
+    role = next(role for role in make_plan(settings, 0).workers if role.settings is kind)
+    return load(kind, [], role_environment(role, settings, os.environ, "nats://", "redis://"))
 
 
 async def _load(

@@ -15,7 +15,7 @@ from common.messages.base import Record
 from common.messages.cluster import StepCost, WorkerProfile
 from common.policy.cluster import SchedulerConfig
 from common.policy.cost_model import Link, StepCostModel
-from common.settings import PrefillWorkerSettings
+from common.settings import DecodeWorkerSettings, PrefillWorkerSettings
 from loadtest.runner import MeasurementFailed
 from loadtest.simulator.cores import Cores
 from loadtest.simulator.costs import SoloCosts
@@ -86,7 +86,8 @@ class Calibration(Record, frozen=True, kw_only=True):
     together: float
     """Speed of a core beside a busy one, of one that is alone."""
     crowded: float
-    """Beside that, speed of a decode worker when longs keep all cores busy, so that it waits for one at every step."""
+    """Beside that, speed of a decode worker when longs keep all cores busy, so that it waits for one at every step, of
+    its share of the cores by weight."""
 
     @property
     def hop_s(self) -> float:
@@ -139,6 +140,7 @@ class LiveCluster:
     prefill: tuple[WorkerProfile, ...]
     decode: tuple[WorkerProfile, ...]
     worker: PrefillWorkerSettings
+    decoder: DecodeWorkerSettings
     cores: int
     """That its workers share; 0: computing takes none of them."""
 
@@ -156,6 +158,16 @@ class LiveCluster:
             link=NO_LINK,
             step_s_max=self.worker.step_ms_max / 1e3,
             chunk_tokens_max=self.worker.chunk_tokens,
+        )
+
+    def shared_cores(self, *, together: float, crowded: float = 1.0) -> Cores:
+        """See `Cores`; only where `cores` is above 0."""
+        return Cores(
+            self.cores,
+            together=together,
+            crowded=crowded,
+            background_nice=self.worker.long_nice,
+            step_nice=self.decoder.decode_nice,
         )
 
     def shape(self) -> ClusterShape:
@@ -196,6 +208,7 @@ def calibrate(live: LiveCluster, probes: Probes) -> Calibration:
         return handover_s + (probe.output_tokens - 1) * step_s
 
     together = _speed((alone_s(probe), probe.compute_s + probe.decode_s) for probe in probes.beside_long)
+    due = _crowded_share(live, together)
     crowded = [probe for probe in probes.crowded if probe.output_tokens == OUTPUT_TOKENS]
     long_s = SoloCosts(measured, measured.layers).prefill_s(long.prompt_tokens, (1,))
     long_step_s = long.decode_s / (long.output_tokens - 1)
@@ -209,7 +222,7 @@ def calibrate(live: LiveCluster, probes: Probes) -> Calibration:
         beside_long_s=max(0.0, long.beside_s),
         handover_s=handover_s,
         together=together,
-        crowded=_speed((decode_alone_s(probe), together * probe.decode_s) for probe in crowded),
+        crowded=_factor((decode_alone_s(probe), due * probe.decode_s) for probe in crowded),
     )
 
 
@@ -238,7 +251,32 @@ def _decode_of(alone: Sequence[Probe]) -> tuple[float, float]:
 
 def _speed(pairs: Iterable[tuple[float, float]]) -> float:
     """Of work that would take the first by itself and took the second; at most 1, and 1 without any."""
-    return min(1.0, median([alone_s / took_s for alone_s, took_s in pairs] or [1.0]))
+    return min(1.0, _factor(pairs))
+
+
+def _factor(pairs: Iterable[tuple[float, float]]) -> float:
+    """First over second, in the median; 1 without any."""
+    return median([first / second for first, second in pairs] or [1.0])
+
+
+def _crowded_share(live: LiveCluster, together: float) -> float:
+    """Speed that is a decode worker's due, by weight alone, while every prefill worker has a long."""
+    if not live.cores:
+        return 1.0
+    cores, decoder = live.shared_cores(together=together), _Share()
+    for _ in live.prefill:
+        cores.use(_Share(), background=True)
+    cores.use(decoder, steps=True)
+    return decoder.speed
+
+
+class _Share:
+    """See `cores.Task`."""
+
+    speed = 1.0
+
+    def set_speed(self, speed: float) -> None:
+        self.speed = speed
 
 
 def replay(live: LiveCluster, found: Calibration, workload: Workload, *, seed: int) -> list[Outcome]:
@@ -248,8 +286,7 @@ def replay(live: LiveCluster, found: Calibration, workload: Workload, *, seed: i
     costs = LiveCosts(measured, found)
     cores = None
     if live.cores:
-        nice = live.worker.long_nice
-        cores = Cores(live.cores, together=found.together, crowded=found.crowded, background_nice=nice)
+        cores = live.shared_cores(together=found.together, crowded=found.crowded)
     world = World(
         live.shape(),
         live.config,

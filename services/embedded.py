@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import ctypes
 import importlib.metadata
+import random
 import shutil
 import signal
 import socket
@@ -24,6 +25,9 @@ START_S = 15.0
 STOP_S = 5.0
 TAIL_LINES = 12
 PR_SET_PDEATHSIG = 1
+PORTS = range(20_000, 32_000)
+"""Below those of outgoing connections (Linux: from 32,768; others: from 49,152)."""
+PORT_TRIES = 50
 
 
 def nats_server_path() -> Path:
@@ -37,10 +41,16 @@ def redis_server_path() -> Path:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of 127.0.0.1 that nobody used a moment ago. Who listens there comes later, so it is not one of those that
+    the system gives to outgoing connections: such a port is often taken by then."""
+    for port in random.SystemRandom().sample(PORTS, PORT_TRIES):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise StartupError(f"no free port among {PORT_TRIES} of {PORTS.start} to {PORTS.stop - 1}: give --port")
 
 
 class EmbeddedServer:

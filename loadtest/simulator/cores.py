@@ -29,10 +29,13 @@ class Task(Protocol):
 class Cores:
     """Of one machine."""
 
-    def __init__(self, count: int, *, together: float = 1.0, crowded: float = 1.0, background_nice: int = 0) -> None:
+    def __init__(
+        self, count: int, *, together: float = 1.0, crowded: float = 1.0, background_nice: int = 0, step_nice: int = 0
+    ) -> None:
         """`count`: cores, 1 or more. `together`: the speed of a core when all are busy, of one that is alone; over 0,
         in between it is linear. `crowded`: beside that, of who steps while there are more busy workers than cores, over
-        0. `background_nice`: niceness of what computes in the background.
+        0; a core of its own is the most that it gets. `background_nice`, `step_nice`: niceness of what computes in the
+        background, and of who steps.
         Raises: ValueError."""
         if count < 1 or together <= 0.0 or crowded <= 0.0:
             raise ValueError(f"{count} cores at {together} and {crowded} of their speed: one at least, and it must run")
@@ -40,6 +43,7 @@ class Cores:
         self._together = together
         self._crowded = crowded
         self._background = NICE_FACTOR**-background_nice
+        self._step = NICE_FACTOR**-step_nice
         self._weights: dict[Task, float] = {}
         self._speeds: dict[Task, float] = {}
         self._steppers: set[Task] = set()
@@ -49,7 +53,7 @@ class Cores:
         with a pause after each; the same at every use."""
         if steps:
             self._steppers.add(task)
-        weight = self._background if background else 1.0
+        weight = self._background if background else self._step if steps else 1.0
         if self._weights.get(task) != weight:
             self._weights[task] = weight
             self._share_out()
@@ -74,7 +78,7 @@ class Cores:
             cores, total = cores - part, total - weights[task]
             speed = part * core_speed
             if len(weights) > self._count and task in self._steppers:
-                speed *= self._crowded
+                speed = min(core_speed, speed * self._crowded)
             if self._speeds.get(task) != speed:
                 self._speeds[task] = speed
                 changed.append((task, speed))

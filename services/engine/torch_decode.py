@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from common.model_files import model_name
 from common.settings import DecodeWorkerSettings
 from common.units import RequestId, TokenId
 from services.engine.calibrate import compute_clock
+from services.engine.compute_thread import compute_thread
 from services.engine.convert import ensure_model
 from services.engine.decode import Decoder, DecodeRow
 from services.engine.interface import DecodeEngine, EngineError, EngineProfile, KvFull, Sampled
@@ -58,6 +58,7 @@ class TorchDecodeEngine:
         kv_capacity_tokens: int,
         rows_max: int,
         threads: int = 1,
+        nice: int = 0,
         step_cost: StepCost | None = None,
     ) -> None:
         """Takes the weights out of `model`. Without a `step_cost` it is measured, which takes half a second
@@ -70,7 +71,7 @@ class TorchDecodeEngine:
         self._in_step: frozenset[RequestId] = frozenset()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._thread = ThreadPoolExecutor(1, "decode", initializer=torch.set_num_threads, initargs=(threads,))
+        self._thread = compute_thread("decode", threads, nice, model.device)
         context_tokens = min(model.context_tokens, self._pool.largest_tokens)
         self._profile = EngineProfile(
             model_id=model.model_id,
@@ -214,6 +215,7 @@ def make_decode_engine(settings: DecodeWorkerSettings) -> DecodeEngine:
         kv_capacity_tokens=settings.kv_capacity_tokens,
         rows_max=settings.rows_max,
         threads=settings.threads,
+        nice=settings.decode_nice,
     )
 
 

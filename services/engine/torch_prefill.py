@@ -9,12 +9,9 @@ A pass with a shared sequence runs in step with the same pass on other workers (
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -28,6 +25,7 @@ from common.units import RequestId
 from services.engine.batch import HeldSequence, pack
 from services.engine.calibrate import measure_step_cost
 from services.engine.collectives import GroupBroken, GroupShare, OnCalled
+from services.engine.compute_thread import compute_thread
 from services.engine.convert import ensure_model
 from services.engine.interface import EngineError, EngineProfile, KvSink, LayerKv, PassResult, PrefillEngine, Segment
 from services.engine.kv_cache import KvShape, KvStore
@@ -59,8 +57,8 @@ class TorchPrefillEngine:
         self._stop_wanted = threading.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._foreground = _thread("prefill", threads, 0)
-        self._background = _thread("prefill-long", threads, long_nice if model.device.type == "cpu" else 0)
+        self._foreground = compute_thread("prefill", threads, 0, model.device)
+        self._background = compute_thread("prefill-long", threads, long_nice, model.device)
         self._profile = EngineProfile(
             model_id=model.model_id,
             model_fingerprint=model.fingerprint,
@@ -286,15 +284,3 @@ async def _ended(computing: asyncio.Future[PassResult]) -> None:
             continue
     if not computing.cancelled():
         computing.exception()
-
-
-def _thread(name: str, threads: int, nice: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix=name, initializer=_prepare, initargs=(threads, nice))
-
-
-def _prepare(threads: int, nice: int) -> None:
-    """Linux counts priority per thread, and the pool of torch's worker threads inherits this thread's."""
-    torch.set_num_threads(threads)
-    if nice and sys.platform == "linux":
-        me = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, me, min(19, os.getpriority(os.PRIO_PROCESS, me) + nice))

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import random
+import sys
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -33,9 +35,11 @@ CAPACITY = 8_192
 ROWS = 12
 
 
-def make_engine(folder: Path, *, rows_max: int = ROWS, capacity: int = CAPACITY, dtype: Any = "float32") -> Any:
+def make_engine(
+    folder: Path, *, rows_max: int = ROWS, capacity: int = CAPACITY, dtype: Any = "float32", nice: int = 0
+) -> Any:
     model = load_model(folder, dtype=dtype, device="cpu")
-    return TorchDecodeEngine(model, kv_capacity_tokens=capacity, rows_max=rows_max, step_cost=COST)
+    return TorchDecodeEngine(model, kv_capacity_tokens=capacity, rows_max=rows_max, nice=nice, step_cost=COST)
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +272,26 @@ async def test_one_step_at_a_time_off_the_loop_and_cancelled_only_at_its_end(
     assert threads == ["decode_0"]
     engine.release(name)
     assert engine.kv_used_tokens == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own on Linux only")
+async def test_its_thread_is_as_nice_as_it_is_told(
+    folder: Path, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(folder, nice=5)
+    real, seen = engine._decoder.step, []
+
+    def step(rows: Any) -> torch.Tensor:
+        seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return real(rows)
+
+    monkeypatch.setattr(engine._decoder, "step", step)
+    receive(engine, reference, spec_of("a", 5, 9), [3, 4, 5, 6, 7])
+    await engine.step([RequestId("a")])
+    base = os.getpriority(os.PRIO_PROCESS, 0)
+    assert seen == [min(19, base + 5)]
+    engine.release(RequestId("a"))
+    await engine.shutdown()
 
 
 async def test_a_failed_step_is_an_engine_error_and_the_engine_goes_on(

@@ -8,7 +8,7 @@ import pytest
 from common.messages.cluster import StepCost, WorkerProfile, WorkerRole
 from common.messages.requests import LengthClass
 from common.policy.cluster import SchedulerConfig
-from common.settings import PrefillWorkerSettings
+from common.settings import DecodeWorkerSettings, PrefillWorkerSettings
 from common.units import WorkerId
 from loadtest import fidelity
 from loadtest.__main__ import main, parse
@@ -64,12 +64,13 @@ def profile(name: str, role: WorkerRole, cost: StepCost) -> WorkerProfile:
     )
 
 
-def cluster(*, cores: int = 0, prefill: int = 2) -> LiveCluster:
+def cluster(*, cores: int = 0, prefill: int = 2, decode_nice: int = 0) -> LiveCluster:
     return LiveCluster(
         config=SchedulerConfig(),
         prefill=tuple(profile(f"p{i}", "prefill", PREFILL) for i in range(prefill)),
         decode=(profile("d0", "decode", DECODE),),
         worker=PrefillWorkerSettings(),
+        decoder=DecodeWorkerSettings(decode_nice=decode_nice),
         cores=cores,
     )
 
@@ -125,6 +126,13 @@ def test_how_much_slower_cores_are_together_and_decode_in_a_crowd() -> None:
     found = calibrate(cluster(cores=2), probes(beside_long=beside, crowded=crowded))
     assert found.together == pytest.approx(0.8)
     assert found.crowded == pytest.approx(1.25 / 2.0)
+
+
+def test_what_a_nice_decode_worker_waits_for_longs_is_not_counted_as_slowness() -> None:
+    share = 2 / (2 * 1.25**8 + 1)  # of a core: two longs of niceness 8 beside it, of 16, on two cores
+    crowded = tuple(probe_short(n, OUTPUT_TOKENS, decode_slower=2.0 / share) for n in (40, 120, 200))
+    found = calibrate(cluster(cores=2, decode_nice=16), probes(crowded=crowded))
+    assert found.crowded == pytest.approx(1 / 2.0)
 
 
 def test_a_machine_that_is_faster_in_company_counts_as_equally_fast() -> None:
