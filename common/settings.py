@@ -28,9 +28,13 @@ ONLY_WITH = "only_with"
 """Key in `Meta.extra`: other settings by name, and the values they must have for this one to mean anything. Who sets
 it where it means nothing is told so (`settings_loader.load`)."""
 
+NOT_WITH = "not_with"
+"""Key in `Meta.extra`: names of other settings that say the same thing another way. Who sets both is told so."""
+
 _PECSCHED = Meta(extra={ONLY_WITH: {"policy": ("pecsched",)}})
 _PAUSES = Meta(extra={ONLY_WITH: {"policy": ("pecsched",), "preemption": (True,)}})
 _AGED = Meta(extra={ONLY_WITH: {"policy": ("pecsched",), "long_order": ("remaining",)}})
+_INSTEAD_OF_NODES = Meta(extra={NOT_WITH: ("workers_per_node",)})
 _RESERVATION = Meta(extra={ONLY_WITH: {"policy": ("reservation",)}})
 
 
@@ -195,8 +199,17 @@ class ServeSettings(SchedulerSettings, frozen=True, kw_only=True):
     port: Annotated[Port, Meta(description="HTTP port; 0: any free one")] = 8000
     served_model_name: Annotated[str, Meta(description="name in the API; empty: the model's own")] = ""
     api_key: Annotated[str, Meta(description="bearer token that clients must send; empty: none asked")] = ""
-    prefill_workers: Annotated[int, Meta(ge=1, le=256, description="prefill worker processes")] = 2
+    nodes: Annotated[
+        int, Meta(ge=1, le=64, description="nodes that the workers are dealt out to, as if each were a machine")
+    ] = 1
+    workers_per_node: Annotated[
+        int, Meta(ge=0, le=256, description="prefill workers of each node; 0: the prefill workers, shared out")
+    ] = 0
+    prefill_workers: Annotated[
+        int, _INSTEAD_OF_NODES, Meta(ge=1, le=256, description="prefill worker processes, on all nodes together")
+    ] = 2
     decode_workers: Annotated[int, Meta(ge=1, le=256, description="decode worker processes")] = 1
+    tp: Annotated[int, Meta(ge=1, le=64, description="workers that share one copy of the weights; only 1 works")] = 1
     engine: Annotated[EngineName, Meta(description="'torch', or 'timed': answers at a cost model's speed")] = "torch"
     dtype: Annotated[DtypeName, Meta(description="'auto': bfloat16 where the machine is fast at it")] = "auto"
     device: Annotated[str, Meta(description="'auto', 'cpu', 'cuda', 'cuda:1' …")] = "auto"

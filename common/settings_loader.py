@@ -20,7 +20,7 @@ from msgspec import NODEFAULT, Meta
 
 from common.errors import StartupError
 from common.messages.base import Record
-from common.settings import EVERY_SETTINGS, ONLY_WITH, POSITIONAL
+from common.settings import EVERY_SETTINGS, NOT_WITH, ONLY_WITH, POSITIONAL
 
 S = TypeVar("S", bound=Record)
 
@@ -46,6 +46,8 @@ class Setting:
     """Title under which `--help` lists it."""
     only_with: Mapping[str, tuple[Any, ...]]
     """Other settings by name, and the values they must have for this one to mean anything."""
+    not_with: tuple[str, ...] = ()
+    """Other settings by name, beside which this one may not be set."""
 
     @property
     def flag(self) -> str:
@@ -83,6 +85,7 @@ def settings_of(cls: type[Record]) -> tuple[Setting, ...]:
                 positional=any((meta.extra or {}).get(POSITIONAL, False) for meta in metas),
                 group=_group_title(cls, field.name),
                 only_with={k: v for meta in metas for k, v in (meta.extra or {}).get(ONLY_WITH, {}).items()},
+                not_with=tuple(name for meta in metas for name in (meta.extra or {}).get(NOT_WITH, ())),
             )
         )
     return tuple(settings)
@@ -108,6 +111,7 @@ def load(cls: type[S], argv: Sequence[str], env: Mapping[str, str], *, prog: str
     loaded = cls(**values)
     for setting in settings:
         _refuse_in_vain(setting, loaded, given)
+        _refuse_both(setting, {each.name: each for each in settings}, loaded, given)
     return loaded
 
 
@@ -115,7 +119,7 @@ def _refuse_in_vain(setting: Setting, loaded: Record, given: Mapping[str, Any]) 
     """Nothing is silently ignored: a flag, or a variable with another value than the default, that has no effect
     beside the others. (One environment may serve several commands, so a default in it asks for nothing.)"""
     value = getattr(loaded, setting.name)
-    if setting.name not in given and value == setting.default:
+    if not _is_set(setting, loaded, given):
         return
     for name, allowed in setting.only_with.items():
         other = getattr(loaded, name)
@@ -123,6 +127,20 @@ def _refuse_in_vain(setting: Setting, loaded: Record, given: Mapping[str, Any]) 
             source = _spelled(setting, value) if setting.name in given else setting.variable
             here, needed = _spelled_of(name, other), _spelled_of(name, allowed[0])
             raise SettingsError(f"{source}: has no effect with {here}; it needs {needed}")
+
+
+def _refuse_both(setting: Setting, others: Mapping[str, Setting], loaded: Record, given: Mapping[str, Any]) -> None:
+    """Two settings that say the same thing: whichever were followed, the other would be ignored."""
+    if not _is_set(setting, loaded, given):
+        return
+    for other in (others[name] for name in setting.not_with):
+        if _is_set(other, loaded, given):
+            source, beside = (each.flag if each.name in given else each.variable for each in (setting, other))
+            raise SettingsError(f"{source}: says the same thing as {beside}; give one of them")
+
+
+def _is_set(setting: Setting, loaded: Record, given: Mapping[str, Any]) -> bool:
+    return setting.name in given or getattr(loaded, setting.name) != setting.default
 
 
 def environment(settings: Record, cls: type[Record], **instead: object) -> dict[str, str]:

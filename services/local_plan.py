@@ -18,7 +18,7 @@ from common.settings import (
     SchedulerSettings,
     ServeSettings,
 )
-from common.settings_loader import environment, load
+from common.settings_loader import SettingsError, environment, load
 from services.children import ChildSpec
 
 
@@ -54,23 +54,58 @@ class Plan:
 
 
 def make_plan(settings: ServeSettings, port: int) -> Plan:
-    """The roles of one machine; `port` is the router's, already found free."""
-    threads = settings.threads or threads_per_worker(settings.prefill_workers + settings.decode_workers, usable_cores())
+    """The roles of one machine; `port` is the router's, already found free. Raises: SettingsError."""
+    nodes = node_names(settings)
+    per_node = workers_per_node(settings)
+    threads = settings.threads or threads_per_worker(len(nodes) * per_node + settings.decode_workers, usable_cores())
     shared: dict[str, object] = {"threads": threads, "data_secret": secrets.token_hex(16)}
 
-    def worker(kind: str, number: int, cls: type[Record]) -> Role:
+    def worker(kind: str, number: int, node: int, cls: type[Record]) -> Role:
         name = f"{kind}-{number}"
-        return Role(name, f"{kind}-worker", cls, {**shared, "worker_id": name})
+        return Role(name, f"{kind}-worker", cls, {**shared, "worker_id": name, "node": nodes[node]})
 
     return Plan(
         scheduler=Role("scheduler", "scheduler", SchedulerSettings, {}),
         coordinator=Role("sp-coordinator", "sp-coordinator", CoordinatorSettings, {}),
         workers=(
-            *(worker("prefill", number, PrefillWorkerSettings) for number in range(settings.prefill_workers)),
-            *(worker("decode", number, DecodeWorkerSettings) for number in range(settings.decode_workers)),
+            *(
+                worker("prefill", number, number // per_node, PrefillWorkerSettings)
+                for number in range(len(nodes) * per_node)
+            ),
+            *(
+                worker("decode", number, number % len(nodes), DecodeWorkerSettings)
+                for number in range(settings.decode_workers)
+            ),
         ),
         router=Role("router", "router", RouterSettings, {"port": port}),
     )
+
+
+def node_names(settings: ServeSettings) -> tuple[str, ...]:
+    """Raises: SettingsError."""
+    if settings.nodes == 1:
+        return (settings.node,)
+    if settings.node != ServeSettings().node:
+        raise SettingsError(f"--node {settings.node}: names one node, and --nodes asks for {settings.nodes}")
+    return tuple(f"node-{number}" for number in range(settings.nodes))
+
+
+def workers_per_node(settings: ServeSettings) -> int:
+    """Prefill workers of each node. Raises: SettingsError."""
+    if settings.tp != 1:
+        raise SettingsError(
+            f"--tp {settings.tp}: a live worker holds the whole model, so only --tp 1 works; groups split heads and "
+            f"columns of a long among workers by themselves (--group-max), the simulator takes any --tp"
+        )
+    if settings.workers_per_node:
+        return settings.workers_per_node
+    per_node, left = divmod(settings.prefill_workers, settings.nodes)
+    if left or not per_node:
+        raise SettingsError(
+            f"--nodes {settings.nodes}: {settings.prefill_workers} prefill workers cannot be shared out evenly; "
+            f"say --workers-per-node"
+        )
+    return per_node
 
 
 def role_environment(

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from common.errors import StartupError
 from common.messages.base import Message
+from common.messages.cluster import WorkerProfile
 from common.messages.views import ClusterView, DescribeCluster, QueryFailed, StoryTold, TellStory
 from common.runtime import subjects
 from common.runtime.bus import Bus, BusError, BusTimeout, NoResponders
@@ -69,7 +70,7 @@ def render(view: ClusterView) -> RenderableType:
 
 def _workers(view: ClusterView) -> Table:
     table = Table(title="workers", title_justify="left", box=None, pad_edge=False)
-    for column in ("worker", "role", "node", "address", "runs", "to prefill", "KV reserved", "silent"):
+    for column in ("worker", "role", "node", "replica", "address", "runs", "to prefill", "KV reserved", "silent"):
         table.add_column(
             column, overflow="fold", justify="right" if column.startswith(("to", "KV", "silent")) else "left"
         )
@@ -80,6 +81,7 @@ def _workers(view: ClusterView) -> Table:
             profile.worker_id,
             profile.role,
             profile.node,
+            _replica(profile),
             profile.data_address,
             _some(worker.requests),
             f"{worker.queued_tokens} tokens",
@@ -87,6 +89,12 @@ def _workers(view: ClusterView) -> Table:
             f"{worker.silent_s:.1f} s",
         )
     return table
+
+
+def _replica(profile: WorkerProfile) -> str:
+    """The copy of the weights it holds, or its shard of one."""
+    rank = f" rank {profile.tp_rank} of {profile.tp_size}" if profile.tp_size > 1 else ""
+    return f"{profile.replica}{rank}"
 
 
 def _requests(view: ClusterView) -> Table:
@@ -116,6 +124,7 @@ def _summary(view: ClusterView) -> list[str]:
         f"({view.queued_tokens} tokens); routers: {_some(view.routers)}; "
         f"SP coordinator: {'present' if view.coordinator_present else 'missing'}",
         f"since the scheduler started: {counters}",
+        *(f"{stranger.worker_id} is kept out: {stranger.reason}" for stranger in view.strangers),
         f"decision time: p50 {view.decision_p50_s * 1e6:.0f} µs, p99 {view.decision_p99_s * 1e6:.0f} µs",
     ]
 

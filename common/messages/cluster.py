@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from common.messages.base import Message, Record
 from common.units import Attempt, Bytes, CoordinatorId, RequestId, RouterId, Seconds, Tokens, WorkerId
@@ -17,6 +19,30 @@ class StepCost(Record, frozen=True, kw_only=True):
     pass_s: Seconds
     token_s: Seconds
     pair_s: Seconds
+
+
+class LayerShape(Record, frozen=True, kw_only=True):
+    """A layer of the model, as far as those who share its work must know. The MLP is a gated one."""
+
+    query_heads: Annotated[int, Meta(ge=1)]
+    kv_heads: Annotated[int, Meta(ge=1)]
+    head_dim: Annotated[int, Meta(ge=1)]
+    hidden: Annotated[int, Meta(ge=1)]
+    """Width of the hidden state."""
+    intermediate: Annotated[int, Meta(ge=1)]
+    """Width of the MLP."""
+
+
+class ExchangeCost(Record, frozen=True, kw_only=True):
+    """What it costs a worker to compute one sequence together with others of its machine. Measured by the worker at
+    start."""
+
+    message_s: Seconds
+    """From sending a small message to its being read."""
+    byte_s: Seconds
+    """To send one byte and to receive one."""
+    merge_element_s: Seconds
+    """To merge one element of a partial attention output into another."""
 
 
 class WorkerProfile(Record, frozen=True, kw_only=True):
@@ -46,6 +72,10 @@ class WorkerProfile(Record, frozen=True, kw_only=True):
     group_address: str = ""
     """host:port where the other ranks of a group reach it; empty: it serves longs alone."""
     step_cost: StepCost
+    layer: LayerShape | None = None
+    """None: not said; then its heads are not split."""
+    exchange: ExchangeCost | None = None
+    """None: not measured."""
 
 
 HoldingPhase = Literal["queued", "prefill", "handoff", "expected", "decode"]

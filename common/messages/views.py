@@ -39,6 +39,13 @@ class WorkerView(Record, frozen=True, kw_only=True):
     """Since its last sign of life."""
 
 
+class StrangerView(Record, frozen=True, kw_only=True):
+    """A worker that reports and gets no work."""
+
+    worker_id: WorkerId
+    reason: str
+
+
 class ClusterView(Message, frozen=True, kw_only=True):
     policy: str
     workers: tuple[WorkerView, ...]
@@ -53,6 +60,7 @@ class ClusterView(Message, frozen=True, kw_only=True):
     """Since the scheduler started: pauses, finished, failed, cancelled, interrupted …"""
     decision_p50_s: Seconds = 0.0
     decision_p99_s: Seconds = 0.0
+    strangers: tuple[StrangerView, ...] = ()
 
 
 class StoryTold(Message, frozen=True, kw_only=True):

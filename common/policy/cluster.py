@@ -169,6 +169,8 @@ class Cluster:
         self.requests: dict[RequestId, Request] = {}
         self.replicas: dict[WorkerId, Replica] = {}
         self.decoders: dict[WorkerId, Decoder] = {}
+        self.strangers: dict[WorkerId, tuple[str, str]] = {}
+        """Workers that report and cannot work with those above: incarnation, and why."""
         self.idle = LoadIndex()
         """Replicas without any long, by queued tokens."""
         self.decoding = LoadIndex()

@@ -8,13 +8,26 @@ from collections.abc import Sequence
 from common.messages.cluster import CoordinatorHeartbeat, RouterHeartbeat, WorkerHeartbeat, WorkerLeft, WorkerProfile
 from common.messages.sp import DissolveGroup, PauseGroup, ResumeGroup
 from common.policy.capacity import beyond_capacity
-from common.policy.cluster import Decoder, HoldKey, Replica, Request
+from common.policy.cluster import Cluster, Decoder, HoldKey, Replica, Request
 from common.policy.leases import Leases, Role
 from common.policy.ledger import Ledger
 from common.policy.lifecycle import IN_GROUP, RequestState
 from common.policy.reconcile import compare_holdings
-from common.policy.scheduler_io import EndBusRequest
+from common.policy.scheduler_io import EndBusRequest, WorkerKeptOut
 from common.units import RequestId, RouterId, WorkerId
+
+STRANGERS_MAX = 100
+"""How many workers that are kept out are remembered."""
+
+
+def misfit_of(cluster: Cluster, profile: WorkerProfile) -> str:
+    """Why this worker cannot work with those that are there: KV moves between equal models only, and a group computes
+    one. Empty: it can."""
+    other = next(cluster.workers(), None)
+    if other is None or other.profile.model_fingerprint == profile.model_fingerprint:
+        return ""
+    its, theirs = (f"{each.model_id} ({each.model_fingerprint})" for each in (profile, other.profile))
+    return f"its model, version or dtype, {its}, is not that of {other.worker_id}, {theirs}"
 
 
 class Membership:
@@ -112,6 +125,8 @@ class Membership:
         if worker is not None and worker.profile.incarnation != profile.incarnation:
             self._lose_worker(profile.worker_id, "was restarted")
             worker = None
+        if worker is None and self._kept_out(profile):
+            return
         self._leases.worker_heard(profile.worker_id, self._ledger.now_s)
         if worker is None:
             worker = self._add_worker(profile)
@@ -143,6 +158,21 @@ class Membership:
         ):
             self._ledger.interrupt(request, "its KV was lost before it was handed over")
 
+    def _kept_out(self, profile: WorkerProfile) -> bool:
+        """A worker that is new here and cannot work with those that are there. It may try again: they may go."""
+        why = misfit_of(self._cluster, profile)
+        strangers = self._cluster.strangers
+        if not why:
+            strangers.pop(profile.worker_id, None)
+            return False
+        if strangers.get(profile.worker_id) != (profile.incarnation, why):
+            if len(strangers) >= STRANGERS_MAX:
+                strangers.pop(next(iter(strangers)))
+            strangers[profile.worker_id] = profile.incarnation, why
+            self._counters["workers_kept_out"] += 1
+            self._ledger.out.append(WorkerKeptOut(worker_id=profile.worker_id, reason=why))
+        return True
+
     def _add_worker(self, profile: WorkerProfile) -> Replica | Decoder:
         worker = self._cluster.add_worker(profile, self._ledger.now_s)
         self._roles_changed()
@@ -151,6 +181,7 @@ class Membership:
         return worker
 
     def on_worker_left(self, event: WorkerLeft) -> None:
+        self._cluster.strangers.pop(event.worker_id, None)
         worker = self._cluster.worker(event.worker_id)
         if worker is not None and worker.profile.incarnation == event.incarnation:
             self._lose_worker(event.worker_id, "was stopped")

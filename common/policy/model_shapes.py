@@ -3,9 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from types import MappingProxyType
+from typing import NamedTuple
 
 from common.messages.base import Record
+
+
+class PlanRefused(ValueError):
+    """A long cannot be prefilled this way; the text says why."""
+
+
+class HeadSplit(NamedTuple):
+    """Query heads dealt out to processors as evenly as they go, neighbours together, each with the KV heads its
+    queries need: one that two need is on both."""
+
+    heads_max: int
+    """Query heads of the busiest."""
+    kv_heads_max: int
+    kv_copies: int
+    """KV heads summed over the processors; more than there are where they are replicated."""
+
+
+@lru_cache(maxsize=1024)
+def split_heads(heads: int, kv_heads: int, processors: int) -> HeadSplit:
+    """Raises: PlanRefused with more processors than heads."""
+    if processors > heads:
+        raise PlanRefused(f"Ulysses splits heads: {heads} heads do not reach for {processors} GPUs of a node")
+    group = heads // kv_heads
+    shares = []
+    kv_shares = []
+    first = 0
+    for rank in range(processors):
+        share = heads // processors + (rank < heads % processors)
+        shares.append(share)
+        kv_shares.append((first + share - 1) // group - first // group + 1)
+        first += share
+    return HeadSplit(max(shares), max(kv_shares), sum(kv_shares))
 
 
 class ModelShape(Record, frozen=True, kw_only=True):

@@ -42,7 +42,7 @@ from common.messages.sp import (
     ResumeGroup,
 )
 from common.policy.core import TimePassed
-from common.units import RequestId
+from common.units import RequestId, WorkerId
 
 
 class SaveRequest(Record, frozen=True, kw_only=True):
@@ -63,6 +63,13 @@ class EndBusRequest(Record, frozen=True, kw_only=True):
     reply_inbox: str
     request_id: RequestId
     message: str
+
+
+class WorkerKeptOut(Record, frozen=True, kw_only=True):
+    """A worker reports that cannot work with the others; it gets nothing. Said once per start of it."""
+
+    worker_id: WorkerId
+    reason: str
 
 
 SchedulerHeard = (
@@ -96,6 +103,7 @@ SchedulerCommand = (
     SaveRequest
     | ForgetRequest
     | EndBusRequest
+    | WorkerKeptOut
     | RequestAccepted
     | RequestRefused
     | RequestInterrupted

@@ -31,6 +31,9 @@ of n the chunks i and 2n−1−i: every step has as many pairs, half of those of
 attention as published (Liu et al. 2023): the last member attends to every block whole, so the ring takes 2 − 1/n times
 as long, which Brandon et al. 2023 (Striped Attention) found and repaired.
 
+**Queries for keys.** Where a chunk has a past, the KV lies where it was computed and the queries travel instead: what
+is sent then grows with the prompt, not with its square. Workers that prefill a long chunk by chunk do this.
+
 **What short blocks lose**, per step: merging a partial output into the running one (memory traffic), the last wave of
 tiles, filled half on average, and the launches. Public measurements of ring-flash-attention (8 x A100, 32/8 heads of
 128, 8K tokens each): zigzag reaches 82 %, contiguous 51 % of what one GPU's kernel does; this model says 91 % and 50 %.
@@ -42,11 +45,13 @@ take no arithmetic from the processors; the tokens of a group divide as evenly a
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
-from common.policy.cost_model import CostModel, ModelShape
+from common.policy.cost_model import Link
 from common.policy.long_planner import Layout
+from common.policy.model_shapes import HeadSplit, ModelShape, PlanRefused, split_heads
+
+__all__ = ["HeadSplit", "PlanRefused", "split_heads"]
 
 Scheme = Literal["megatron", "ulysses"]
 Ring = Literal["zigzag", "contiguous"]
@@ -62,21 +67,6 @@ ZIGZAG_SHARE = 0.75
 the reverse."""
 
 
-class PlanRefused(ValueError):
-    """A long cannot be prefilled this way; the text says why."""
-
-
-class HeadSplit(NamedTuple):
-    """Query heads dealt out to processors as evenly as they go, neighbours together, each with the KV heads its
-    queries need: one that two need is on both."""
-
-    heads_max: int
-    """Query heads of the busiest."""
-    kv_heads_max: int
-    kv_copies: int
-    """KV heads summed over the processors; more than there are where they are replicated."""
-
-
 class StageTime(NamedTuple):
     """Of one stage of one layer."""
 
@@ -85,21 +75,62 @@ class StageTime(NamedTuple):
     """The longest piece that nothing interrupts: of a kernel, as bounded by `CostModel.step_s_max`, or an exchange."""
 
 
-@lru_cache(maxsize=1024)
-def split_heads(heads: int, kv_heads: int, processors: int) -> HeadSplit:
-    """Raises: PlanRefused with more processors than heads."""
-    if processors > heads:
-        raise PlanRefused(f"Ulysses splits heads: {heads} heads do not reach for {processors} GPUs of a node")
-    group = heads // kv_heads
-    shares = []
-    kv_shares = []
-    first = 0
-    for rank in range(processors):
-        share = heads // processors + (rank < heads % processors)
-        shares.append(share)
-        kv_shares.append((first + share - 1) // group - first // group + 1)
-        first += share
-    return HeadSplit(max(shares), max(kv_shares), sum(kv_shares))
+class Rates(Protocol):
+    """What the kernels of a processor and its links take. Fields as in `Coefficients`."""
+
+    @property
+    def layer_s(self) -> float: ...
+
+    @property
+    def other_s(self) -> float: ...
+
+    @property
+    def norm_element_s(self) -> float: ...
+
+    @property
+    def activation_element_s(self) -> float: ...
+
+    @property
+    def memory_bytes_s(self) -> float: ...
+
+    @property
+    def all_reduce(self) -> Link: ...
+
+    @property
+    def intra_node(self) -> Link: ...
+
+    @property
+    def inter_node(self) -> Link: ...
+
+
+class SequenceModel(Protocol):
+    """A model on processors of which `tp` are a replica. `CostModel` speaks for GPUs, `LiveModel` for workers that
+    measured themselves."""
+
+    @property
+    def shape(self) -> ModelShape: ...
+
+    @property
+    def coefficients(self) -> Rates: ...
+
+    @property
+    def tp(self) -> int: ...
+
+    @property
+    def step_s_max(self) -> float: ...
+
+    @property
+    def weights_whole(self) -> bool:
+        """Every processor has all weights, and fetches none."""
+        ...
+
+    def heads_split(self, processors: int) -> HeadSplit:
+        """Raises: PlanRefused."""
+        ...
+
+    def matmul_s(self, weights: float, tokens: float) -> float: ...
+
+    def attention_s(self, pairs: float, heads: float) -> float: ...
 
 
 def gathered_elements(shape: ModelShape, tp: int, tokens: float) -> float:
@@ -108,12 +139,12 @@ def gathered_elements(shape: ModelShape, tp: int, tokens: float) -> float:
     return 2 * tokens * shape.hidden * (tp - 1)
 
 
-def exchanged_elements(shape: ModelShape, processors: int, tokens: float) -> float:
+def exchanged_elements(shape: ModelShape, processors: int, tokens: float, split: HeadSplit | None = None) -> float:
     """What the busiest processor receives in the two all-to-alls of Ulysses: queries, keys and values there, outputs
     back. Where heads divide evenly, times G it is the table's volume.
 
     Raises: PlanRefused."""
-    split = split_heads(shape.heads, shape.kv_heads, processors)
+    split = split or split_heads(shape.heads, shape.kv_heads, processors)
     return 2 * tokens * (split.heads_max + split.kv_heads_max) * shape.head_dim * (processors - 1)
 
 
@@ -122,28 +153,43 @@ def fetched_elements(weights: int, tp: int) -> float:
     return weights * (tp - 1) / tp
 
 
-def mlp_stage(model: CostModel, tokens: int, degree: int, scheme: Scheme) -> StageTime:
+def mlp_stage(model: SequenceModel, tokens: float, degree: int, scheme: Scheme) -> StageTime:
     """The MLP of one layer on a group of `degree` replicas."""
     per_gpu = tokens / (degree * model.tp)
     return _linear_stage(model, model.shape.mlp_weights, per_gpu, scheme)
 
 
-def attention_stage(model: CostModel, tokens: int, layout: Layout, scheme: Scheme, ring: Ring = "zigzag") -> StageTime:
+def attention_stage(
+    model: SequenceModel,
+    tokens: float,
+    layout: Layout,
+    scheme: Scheme,
+    ring: Ring = "zigzag",
+    *,
+    past: float | None = None,
+) -> StageTime:
     """Attention of one layer with its projections. `ring` is the order of a Megatron ring of replicas; that of
-    Ulysses between nodes is always zigzag. Raises: PlanRefused."""
+    Ulysses between nodes is always zigzag. With a `past`, tokens whose KV the members of the ring keep already, queries
+    travel and not keys. Raises: PlanRefused."""
     shape = model.shape
     per_gpu = tokens / (sum(layout) * model.tp)
     linear = _linear_stage(model, shape.qkv_weights + shape.out_weights, per_gpu, scheme)
     if scheme == "megatron":
-        attended = _replica_ring(model, tokens, layout, ring)
+        if past is None:
+            attended = _replica_ring(model, tokens, layout, ring)
+        else:
+            attended = _query_ring(model, tokens, past, sum(layout), model.heads_split(model.tp))
         return StageTime(linear.seconds + attended.seconds, max(linear.step_s, attended.step_s))
     exchange_s = max(_all_to_all_s(model, replicas * model.tp, per_gpu) for replicas in set(layout))
-    attended = _node_ring(model, tokens, layout)
+    if past is None:
+        attended = _node_ring(model, tokens, layout)
+    else:
+        attended = _query_ring(model, tokens, past, len(layout), model.heads_split(layout[0] * model.tp))
     seconds = linear.seconds + 2 * exchange_s + attended.seconds
     return StageTime(seconds, max(linear.step_s, exchange_s, attended.step_s))
 
 
-def elementwise_stage(model: CostModel, tokens: int, degree: int, *, whole_norms: bool) -> StageTime:
+def elementwise_stage(model: SequenceModel, tokens: float, degree: int, *, whole_norms: bool) -> StageTime:
     """Norms, rotations and activations of one layer. With `whole_norms` every rank computes the norms of its
     replica's tokens (tensor parallelism without sequence parallelism), else of its own."""
     shape, c = model.shape, model.coefficients
@@ -153,7 +199,7 @@ def elementwise_stage(model: CostModel, tokens: int, degree: int, *, whole_norms
     return _in_pieces(model, seconds, c.other_s)
 
 
-def decode_exchange_s(model: CostModel, layout: Layout) -> float:
+def decode_exchange_s(model: SequenceModel, layout: Layout) -> float:
     """One layer of a distributed decode step: the query to every other shard, partial outputs and their
     log-sum-exp (fp32, one per head) back, and the merge. The replica that runs the layers is of the largest node; its
     messages to one kind of link queue up, the two kinds do not disturb each other."""
@@ -170,13 +216,13 @@ def decode_exchange_s(model: CostModel, layout: Layout) -> float:
     return total_s
 
 
-def _linear_stage(model: CostModel, weights: int, per_gpu: float, scheme: Scheme) -> StageTime:
+def _linear_stage(model: SequenceModel, weights: int, per_gpu: float, scheme: Scheme) -> StageTime:
     shape, tp = model.shape, model.tp
     if scheme == "megatron":
         elements = gathered_elements(shape, tp, per_gpu)
         matmul_s = model.matmul_s(weights / tp, per_gpu * tp)
     else:
-        elements = fetched_elements(weights, tp)
+        elements = 0.0 if model.weights_whole else fetched_elements(weights, tp)
         matmul_s = model.matmul_s(weights, per_gpu)
     # Both are collectives of one replica, whose fitted link is the all-reduce's; it counts what a rank's link carries.
     moved_s = model.coefficients.all_reduce.seconds(elements * shape.dtype_bytes) if tp > 1 else 0.0
@@ -184,15 +230,16 @@ def _linear_stage(model: CostModel, weights: int, per_gpu: float, scheme: Scheme
     return StageTime(work.seconds + moved_s, max(work.step_s, moved_s))
 
 
-def _all_to_all_s(model: CostModel, processors: int, per_gpu: float) -> float:
+def _all_to_all_s(model: SequenceModel, processors: int, per_gpu: float) -> float:
     """One of the two: they move as much."""
     if processors == 1:
         return 0.0
-    size = exchanged_elements(model.shape, processors, per_gpu) * model.shape.dtype_bytes
+    elements = exchanged_elements(model.shape, processors, per_gpu, model.heads_split(processors))
+    size = elements * model.shape.dtype_bytes
     return model.coefficients.intra_node.seconds(size / 2)
 
 
-def _replica_ring(model: CostModel, tokens: int, layout: Layout, ring: Ring) -> StageTime:
+def _replica_ring(model: SequenceModel, tokens: float, layout: Layout, ring: Ring) -> StageTime:
     """Attention over a ring of all replicas, each with as many tokens and its heads split T ways."""
     members = sum(layout)
     block = tokens / members
@@ -207,7 +254,26 @@ def _replica_ring(model: CostModel, tokens: int, layout: Layout, ring: Ring) -> 
     return StageTime(first_s + (members - 2) * later_s + other.seconds, max(own.step_s, other.step_s))
 
 
-def _replica_hop_s(model: CostModel, block: float, *, between_nodes: bool) -> float:
+def _query_ring(model: SequenceModel, chunk: float, past: float, members: int, split: HeadSplit) -> StageTime:
+    """One chunk's attention where each of the members (each processor of it, for its heads) keeps its part of the KV,
+    is sent the queries of all others, and sends back partial outputs with their log-sum-exp (fp32).
+
+    The parts of a chunk lie one after another in time, so the first member has the most to do: all others attend to
+    its part whole, too. Arithmetic does not hide the exchange: where this is done, a processor does both."""
+    shape, heads = model.shape, split.heads_max
+    own = chunk / members
+    pairs = chunk * past / members + own * own / 2 + (members - 1) * own * own
+    attended_s = model.attention_s(pairs, heads)
+    if members == 1:
+        return StageTime(attended_s, attended_s)
+    query = own * heads * shape.head_dim * shape.dtype_bytes
+    link = model.coefficients.inter_node
+    moved_s = (members - 1) * (link.seconds(query) + link.seconds(query + 4 * own * heads))
+    seconds = attended_s + moved_s + (members - 1) * _merge_s(model, own * heads)
+    return StageTime(seconds, seconds)
+
+
+def _replica_hop_s(model: SequenceModel, block: float, *, between_nodes: bool) -> float:
     """The slowest hop sets the ring's pace. Replicas stand node by node, so one block at a time crosses a node's link;
     inside, every rank sends its KV heads over its own."""
     c = model.coefficients
@@ -216,7 +282,7 @@ def _replica_hop_s(model: CostModel, block: float, *, between_nodes: bool) -> fl
     return max(inside_s, c.inter_node.seconds(size)) if between_nodes else inside_s
 
 
-def _node_ring(model: CostModel, tokens: int, layout: Layout) -> StageTime:
+def _node_ring(model: SequenceModel, tokens: float, layout: Layout) -> StageTime:
     """Zigzag over the nodes, which hold tokens as they have replicas, heads split over each node's processors.
     Replicated KV heads travel as often as they are held. Raises: PlanRefused."""
     alike = layout[0] == layout[-1]
@@ -224,11 +290,11 @@ def _node_ring(model: CostModel, tokens: int, layout: Layout) -> StageTime:
     return StageTime(max(time.seconds for time in times), max(time.step_s for time in times))
 
 
-def _node_of_ring(model: CostModel, tokens: int, layout: Layout, place: int) -> StageTime:
+def _node_of_ring(model: SequenceModel, tokens: float, layout: Layout, place: int) -> StageTime:
     """What the node at this place of the ring takes: its own block first, then its predecessors' as they arrive."""
-    shape, degree = model.shape, sum(layout)
+    degree = sum(layout)
     own = layout[place]
-    split = split_heads(shape.heads, shape.kv_heads, own * model.tp)
+    split = model.heads_split(own * model.tp)
     queries = tokens * own / degree
     blocks = {replicas: tokens * replicas / degree for replicas in set(layout)}
     kernels = {replicas: _block(model, queries, block, split.heads_max) for replicas, block in blocks.items()}
@@ -242,13 +308,13 @@ def _node_of_ring(model: CostModel, tokens: int, layout: Layout, place: int) -> 
     return StageTime(steps_s + computed[-1].seconds, max(kernel.step_s for kernel in computed))
 
 
-def _node_hop_s(model: CostModel, block: float, split: HeadSplit) -> float:
+def _node_hop_s(model: SequenceModel, block: float, split: HeadSplit) -> float:
     copies = split.kv_copies / model.shape.kv_heads
     return model.coefficients.inter_node.seconds(block * model.shape.kv_bytes_per_layer * copies)
 
 
 def _block(
-    model: CostModel, queries: float, keys: float, heads: float, *, whole: bool = False, merged: bool = True
+    model: SequenceModel, queries: float, keys: float, heads: float, *, whole: bool = False, merged: bool = True
 ) -> StageTime:
     """One layer's attention of `queries` tokens to one block of `keys` tokens on one processor: every pair if `whole`,
     else half of them (a zigzag step, or the causal block of one's own)."""
@@ -262,12 +328,12 @@ def _block(
     return _in_pieces(model, kernel_s, _attention_cut_s(model))
 
 
-def _merge_s(model: CostModel, rows: float) -> float:
+def _merge_s(model: SequenceModel, rows: float) -> float:
     """To merge a partial output of so many rows (one token's, in one head) into the running one."""
     return rows * model.shape.head_dim * MERGE_BYTES / model.coefficients.memory_bytes_s
 
 
-def _attention_cut_s(model: CostModel) -> float:
+def _attention_cut_s(model: SequenceModel) -> float:
     """What one more piece of an attention kernel costs: half a wave that idles, a merge, launches.
 
     A piece of p seconds may be m waves of queries by as many keys as fit: p/(2m) idles, m waves are merged. The best m
@@ -277,7 +343,7 @@ def _attention_cut_s(model: CostModel) -> float:
     return 2 * math.sqrt(idle_s * wave_merge_s) + model.coefficients.other_s
 
 
-def _in_pieces(model: CostModel, kernel_s: float, cut_s: float) -> StageTime:
+def _in_pieces(model: SequenceModel, kernel_s: float, cut_s: float) -> StageTime:
     """A kernel cut into equal pieces below `step_s_max`, so that a pause waits for one of them; where a cut costs more
     than half of that, pieces are longer."""
     useful_s = max(model.step_s_max - cut_s, model.step_s_max / 2)

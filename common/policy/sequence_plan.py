@@ -18,6 +18,7 @@ from common.policy.sequence_costs import (
     PlanRefused,
     Ring,
     Scheme,
+    SequenceModel,
     StageTime,
     attention_stage,
     decode_exchange_s,
@@ -65,11 +66,17 @@ class SequencePlan(Record, frozen=True, kw_only=True):
     """One sentence."""
 
 
-class _Choice(NamedTuple):
+class Choice(NamedTuple):
+    """A combination and what it takes."""
+
     attention: Scheme
     mlp: Scheme
     prefill_s: float
     step_s: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.attention}/{self.mlp}"
 
 
 def plan_prefill(
@@ -87,7 +94,7 @@ def plan_prefill(
         raise PlanRefused(f"{tokens:,} tokens: the KV of {_words(layout)} has room for {room:,}")
     if not fast_sp:
         return _plain_plan(model, tokens, layout, plain_ring)
-    choices, refused = _choices(model, tokens, layout)
+    choices, refused = choices_of(model, tokens, layout)
     best = _cheapest(choices)
     return SequencePlan(
         tokens=tokens,
@@ -95,7 +102,7 @@ def plan_prefill(
         attention=best.attention,
         mlp=best.mlp,
         ring="zigzag",
-        estimates=tuple((_name(choice), choice.prefill_s) for choice in choices),
+        estimates=tuple((choice.name, choice.prefill_s) for choice in choices),
         refused=refused,
         prefill_s=best.prefill_s,
         step_s=best.step_s,
@@ -228,19 +235,21 @@ class SpPlanner:
         seconds = self._balanced.get(key)
         if seconds is None:
             _check_layout(self._model, layout)
-            seconds = _cheapest(_choices(self._model, key[0], layout)[0]).prefill_s
+            seconds = _cheapest(choices_of(self._model, key[0], layout)[0]).prefill_s
             _keep(self._balanced, key, seconds)
         return seconds
 
 
-def _choices(model: CostModel, tokens: int, layout: Layout) -> tuple[list[_Choice], tuple[tuple[str, str], ...]]:
-    """The combinations that are possible, and the others with the reason. Megatron always is: the layout of
-    the weights is its own."""
+def choices_of(
+    model: SequenceModel, tokens: float, layout: Layout, *, past: float | None = None
+) -> tuple[list[Choice], tuple[tuple[str, str], ...]]:
+    """The combinations that are possible, and the others with the reason. With a `past`: of one chunk after so many
+    tokens (see `attention_stage`)."""
     attention: dict[Scheme, StageTime] = {}
     refused = []
     for scheme in SCHEMES:
         try:
-            attention[scheme] = attention_stage(model, tokens, layout, scheme)
+            attention[scheme] = attention_stage(model, tokens, layout, scheme, past=past)
         except PlanRefused as error:
             refused += [(f"{scheme}/{mlp}", str(error)) for mlp in SCHEMES]
     mlps = {scheme: mlp_stage(model, tokens, sum(layout), scheme) for scheme in SCHEMES}
@@ -253,7 +262,7 @@ def _choices(model: CostModel, tokens: int, layout: Layout) -> tuple[list[_Choic
     return choices, tuple(refused)
 
 
-def _plain_choice(model: CostModel, tokens: int, layout: Layout, ring: Ring) -> _Choice:
+def _plain_choice(model: CostModel, tokens: int, layout: Layout, ring: Ring) -> Choice:
     attention = attention_stage(model, tokens, layout, "megatron", ring)
     mlp = mlp_stage(model, tokens, sum(layout), "megatron")
     rest = elementwise_stage(model, tokens, sum(layout), whole_norms=True)
@@ -261,14 +270,14 @@ def _plain_choice(model: CostModel, tokens: int, layout: Layout, ring: Ring) -> 
 
 
 def _choice(
-    model: CostModel, attention: tuple[Scheme, StageTime], mlp: tuple[Scheme, StageTime], rest: StageTime
-) -> _Choice:
+    model: SequenceModel, attention: tuple[Scheme, StageTime], mlp: tuple[Scheme, StageTime], rest: StageTime
+) -> Choice:
     """All layers, and the output head for the last token."""
     c = model.coefficients
     layer_s = attention[1].seconds + mlp[1].seconds + rest.seconds + c.layer_s + c.other_s
     head_s = model.matmul_s(model.shape.head_weights / model.tp, 1)
     step_s = max(attention[1].step_s, mlp[1].step_s, rest.step_s)
-    return _Choice(attention[0], mlp[0], model.shape.layers * layer_s + head_s, step_s)
+    return Choice(attention[0], mlp[0], model.shape.layers * layer_s + head_s, step_s)
 
 
 def _plain_plan(model: CostModel, tokens: int, layout: Layout, ring: Ring) -> SequencePlan:
@@ -286,18 +295,14 @@ def _plain_plan(model: CostModel, tokens: int, layout: Layout, ring: Ring) -> Se
     )
 
 
-def _cheapest(choices: Sequence[_Choice]) -> _Choice:
+def _cheapest(choices: Sequence[Choice]) -> Choice:
     return min(choices, key=lambda choice: choice.prefill_s)
 
 
-def _name(choice: _Choice) -> str:
-    return f"{choice.attention}/{choice.mlp}"
-
-
 def _why(
-    tokens: int, layout: Layout, choices: Sequence[_Choice], best: _Choice, refused: Sequence[tuple[str, str]]
+    tokens: int, layout: Layout, choices: Sequence[Choice], best: Choice, refused: Sequence[tuple[str, str]]
 ) -> str:
-    times = ", ".join(f"{_name(choice)} {choice.prefill_s:.2f} s" for choice in choices)
+    times = ", ".join(f"{choice.name} {choice.prefill_s:.2f} s" for choice in choices)
     reasons = "".join(f"; not possible: {reason}" for reason in dict.fromkeys(reason for _, reason in refused))
     return (
         f"{tokens:,} tokens on {_words(layout)}: attention by {best.attention}, MLP by {best.mlp} is the cheapest "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import islice
 
-from common.messages.views import ClusterView, RequestView, WorkerView
+from common.messages.views import ClusterView, RequestView, StrangerView, WorkerView
 from common.policy.cluster import Cluster, Decoder, Replica, Request, SchedulerConfig
 from common.policy.decisions import SchedulingPolicy
 from common.policy.lifecycle import RequestState
@@ -35,6 +35,7 @@ def describe(
         queued_tokens=policy.waiting_tokens(),
         requests=tuple(_request(request, now_s) for request in shown),
         counters=dict(counters),
+        strangers=tuple(StrangerView(worker_id=name, reason=why) for name, (_, why) in cluster.strangers.items()),
     )
 
 

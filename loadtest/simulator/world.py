@@ -49,7 +49,7 @@ from common.policy.core import TimePassed
 from common.policy.cost_model import ReplicaCosts
 from common.policy.long_planner import LongPlanner
 from common.policy.scheduler import Scheduler
-from common.policy.scheduler_io import EndBusRequest, ForgetRequest, SaveRequest, SchedulerEvent
+from common.policy.scheduler_io import EndBusRequest, ForgetRequest, SaveRequest, SchedulerEvent, WorkerKeptOut
 from common.policy.sequence_plan import SpPlanner
 from common.units import CoordinatorId, RequestId, RouterId, WorkerId
 from loadtest.simulator.cores import Cores
@@ -155,6 +155,7 @@ class World:
             ForgetRequest: self._request_ended,
             RequestAccepted: None,
             EndBusRequest: None,
+            WorkerKeptOut: None,
             RequestRefused: self._request_refused,
             RequestFailed: self._request_failed,
             RequestInterrupted: self._request_interrupted,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from common.messages.cluster import StepCost
+from common.messages.cluster import ExchangeCost, LayerShape, StepCost
 from common.messages.requests import RequestSpec, TokenLogprob
 from common.units import RequestId, TokenId
 
@@ -43,6 +43,9 @@ class EngineProfile:
     context_tokens: int
     rows_max: int
     step_cost: StepCost
+    layer: LayerShape | None = None
+    """As in `WorkerProfile`, like `exchange`."""
+    exchange: ExchangeCost | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from common.errors import StartupError
+from common.messages.cluster import LayerShape
 from common.settings import DtypeName
 from services.engine import attention
 
@@ -60,6 +61,17 @@ class LoadedModel:
     def kv_bytes_per_token(self) -> int:
         """Keys and values of one token in all layers."""
         return self.layers * 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def layer_shape(self) -> LayerShape:
+        """Of one layer, for who splits its work."""
+        return LayerShape(
+            query_heads=self.query_heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            hidden=self.config.hidden_size,
+            intermediate=self.config.intermediate_size,
+        )
 
     @property
     def decoder(self) -> Any:

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import torch
 
-from common.messages.cluster import StepCost
+from common.logs import get_logger
+from common.messages.cluster import ExchangeCost, StepCost
 from common.messages.groups import Announcement
 from common.messages.requests import RequestSpec
 from common.model_files import model_name
@@ -24,6 +25,7 @@ from common.settings import PrefillWorkerSettings
 from common.units import RequestId
 from services.engine.batch import HeldSequence, pack
 from services.engine.calibrate import measure_step_cost
+from services.engine.calibrate_exchange import measure_exchange_cost
 from services.engine.collectives import GroupBroken, GroupShare, OnCalled
 from services.engine.compute_thread import compute_thread
 from services.engine.convert import ensure_model
@@ -33,6 +35,8 @@ from services.engine.model import LoadedModel, load_model
 from services.engine.prefill import PassRun
 from services.engine.sequence_parallel import GroupPass
 from services.engine.shared_sequence import SharedSequence
+
+log = get_logger(__name__)
 
 ROWS_MAX = 64
 """Sequences in one pass; a bound, far above what the token limits of a pass let through."""
@@ -49,6 +53,7 @@ class TorchPrefillEngine:
         kv_capacity_tokens: int,
         threads: int = 1,
         long_nice: int = 0,
+        exchange: ExchangeCost | None = None,
     ) -> None:
         self._model = model
         self._store = KvStore(kv_shape(model), kv_capacity_tokens)
@@ -68,6 +73,8 @@ class TorchPrefillEngine:
             context_tokens=model.context_tokens,
             rows_max=ROWS_MAX,
             step_cost=step_cost,
+            layer=model.layer_shape,
+            exchange=exchange,
         )
 
     @property
@@ -261,7 +268,16 @@ def make_prefill_engine(settings: PrefillWorkerSettings) -> PrefillEngine:
         kv_capacity_tokens=settings.kv_capacity_tokens,
         threads=settings.threads,
         long_nice=settings.long_nice,
+        exchange=_exchange_cost(model),
     )
+
+
+def _exchange_cost(model: LoadedModel) -> ExchangeCost | None:
+    try:
+        return measure_exchange_cost(model)
+    except OSError as error:
+        log.warning("not known what exchanges cost here: groups are rings", error=str(error))
+        return None
 
 
 def kv_shape(model: LoadedModel) -> KvShape:

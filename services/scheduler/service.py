@@ -46,6 +46,7 @@ from common.policy.scheduler_io import (
     SchedulerCommand,
     SchedulerEvent,
     SchedulerHeard,
+    WorkerKeptOut,
 )
 from common.runtime import keys, subjects
 from common.runtime.bus import Bus, BusError, Delivery
@@ -234,6 +235,8 @@ class SchedulerService:
                     self._records.note(command)
                 case EndBusRequest():
                     await self._end_bus_request(command)
+                case WorkerKeptOut():
+                    log.error("a worker is kept out", worker_id=command.worker_id, reason=command.reason)
                 case RunPrefill() | DropRequest() | ExpectKv():
                     await self._send(subjects.worker(command.worker_id), command)
                 case FormGroup() | PauseGroup() | ResumeGroup() | DissolveGroup():

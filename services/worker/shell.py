@@ -238,4 +238,6 @@ class WorkerShell(Generic[EventT, CommandT]):
             data_address=self.data_plane.address,
             group_address=self._group_address(),
             step_cost=profile.step_cost,
+            layer=profile.layer,
+            exchange=profile.exchange,
         )

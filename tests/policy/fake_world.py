@@ -46,7 +46,14 @@ from common.policy.core import TimePassed, require
 from common.policy.lifecycle import IN_GROUP
 from common.policy.long_planner import Layout
 from common.policy.scheduler import Scheduler
-from common.policy.scheduler_io import EndBusRequest, ForgetRequest, SaveRequest, SchedulerCommand, SchedulerEvent
+from common.policy.scheduler_io import (
+    EndBusRequest,
+    ForgetRequest,
+    SaveRequest,
+    SchedulerCommand,
+    SchedulerEvent,
+    WorkerKeptOut,
+)
 from tests.policy.scenario import profile, spec
 from tests.policy.watch import ROUNDING_S, Key, PauseWatch, RequestWatch
 
@@ -206,7 +213,7 @@ class World:
         return [f"{at_s:.3f} {event!r} -> {commands!r}" for at_s, event, commands in self.handled]
 
     def _is_lost_on_the_way(self, command: SchedulerCommand) -> bool:
-        if self.orders_to_lose == 0 or isinstance(command, SaveRequest | ForgetRequest | EndBusRequest):
+        if self.orders_to_lose == 0 or isinstance(command, SaveRequest | ForgetRequest | EndBusRequest | WorkerKeptOut):
             return False
         self.orders_to_lose -= 1
         self.seen[f"{type(command).__name__} lost"] += 1
@@ -254,7 +261,7 @@ class World:
                 self.saved.add(command.record.spec.request_id)
             case ForgetRequest():
                 self.saved.discard(command.request_id)
-            case EndBusRequest() | RequestAccepted():
+            case EndBusRequest() | WorkerKeptOut() | RequestAccepted():
                 pass
             case RequestRefused() | RequestFailed():
                 request = self.requests.get(command.request_id)

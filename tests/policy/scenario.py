@@ -51,7 +51,14 @@ from common.policy.cluster import SchedulerConfig
 from common.policy.core import TimePassed
 from common.policy.long_planner import Layout
 from common.policy.scheduler import Scheduler
-from common.policy.scheduler_io import EndBusRequest, ForgetRequest, SaveRequest, SchedulerCommand, SchedulerEvent
+from common.policy.scheduler_io import (
+    EndBusRequest,
+    ForgetRequest,
+    SaveRequest,
+    SchedulerCommand,
+    SchedulerEvent,
+    WorkerKeptOut,
+)
 
 COST = StepCost(pass_s=0.02, token_s=0.0007, pair_s=8e-8)
 
@@ -201,6 +208,8 @@ def render(command: SchedulerCommand) -> str:
             return f"forget {command.request_id}"
         case EndBusRequest():
             return f"end {command.reply_inbox}: {command.message}"
+        case WorkerKeptOut():
+            return f"kept out {command.worker_id}: {command.reason}"
         case RequestAccepted():
             return f"{command.router_id}: accepted {command.request_id}"
         case RequestRefused():

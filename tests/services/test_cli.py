@@ -10,8 +10,9 @@ from rich.console import Console
 
 from common.messages.cluster import StepCost, WorkerProfile
 from common.messages.views import ClusterView, RequestView, WorkerView
+from common.settings_loader import SettingsError
 from services import cli
-from services.local_plan import make_plan, threads_per_worker
+from services.local_plan import make_plan, role_environment, threads_per_worker
 from services.local_report import missing_parts, table
 from services.run_file import RunFile, find_running, read_run_file, remove_run_file, started_s, write_run_file
 from services.status import render
@@ -220,6 +221,45 @@ def test_plan_drains_the_door_first_and_the_scheduler_last():
     assert all(secrets)
 
 
+@pytest.mark.parametrize(
+    ("settings", "nodes"),
+    [
+        ({}, {"node-0": "p0 p1 d0"}),
+        ({"node": "rack-7", "prefill_workers": 3}, {"rack-7": "p0 p1 p2 d0"}),
+        ({"workers_per_node": 3}, {"node-0": "p0 p1 p2 d0"}),
+        ({"nodes": 2, "workers_per_node": 2, "decode_workers": 3}, {"node-0": "p0 p1 d0 d2", "node-1": "p2 p3 d1"}),
+        ({"nodes": 3, "prefill_workers": 6}, {"node-0": "p0 p1 d0", "node-1": "p2 p3", "node-2": "p4 p5"}),
+    ],
+)
+def test_workers_are_dealt_out_to_nodes(settings, nodes):
+    serve = cli.ServeSettings(**settings)
+    plan = make_plan(serve, 8000)
+    stand: dict[str, list[str]] = {}
+    for role in plan.workers:
+        env = role_environment(role, serve, {}, "nats://n", "redis://r")
+        kind, number = role.name.split("-")
+        stand.setdefault(env["PECSCHED_NODE"], []).append(f"{kind[0]}{number}")
+        assert env["PECSCHED_WORKER_ID"] == role.name
+    assert {node: " ".join(names) for node, names in stand.items()} == nodes
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"tp": 2}, ("--tp 2", "holds the whole model", "only --tp 1 works")),
+        ({"nodes": 2, "prefill_workers": 3}, ("--nodes 2", "3 prefill workers", "--workers-per-node")),
+        ({"nodes": 3}, ("--nodes 3", "2 prefill workers cannot be shared out evenly")),
+        ({"nodes": 2, "node": "rack-7"}, ("--node rack-7", "--nodes asks for 2")),
+    ],
+)
+def test_a_topology_that_cannot_be_is_refused_in_one_line(settings, parts):
+    with pytest.raises(SettingsError) as refused:
+        make_plan(cli.ServeSettings(**settings), 8000)
+    assert "\n" not in str(refused.value)
+    for part in parts:
+        assert part in str(refused.value)
+
+
 @pytest.mark.parametrize(("workers", "cores", "threads"), [(3, 2, 1), (3, 8, 2), (3, 64, 21), (1, 1, 1)])
 def test_threads_share_the_cores(workers, cores, threads):
     assert threads_per_worker(workers, cores) == threads
@@ -254,5 +294,8 @@ def test_status_shows_workers_requests_queues_and_counters():
     with console.capture() as capture:
         console.print(render(cluster_view([worker_view("prefill-0", "prefill")], requests=(request,))))
     text = capture.get()
+    assert [line.split()[:4] for line in text.splitlines() if line.startswith("prefill-0 ")] == [
+        ["prefill-0", "prefill", "node-0", "prefill-0"]
+    ], "with its node and its replica"
     for part in ("prefill-0", "250/1000 (25%)", "r1", "prefilling", "6000 tokens", "3 short, 1 long", "pauses 7"):
         assert part in text

@@ -96,6 +96,25 @@ def test_a_setting_without_effect_beside_the_others_is_refused(cls, argv, env, m
     assert message in refusal(cls, argv, env)
 
 
+@pytest.mark.parametrize(
+    ("argv", "env"),
+    [
+        (["--prefill-workers", "4", "--workers-per-node", "2"], {}),
+        (["--prefill-workers", "2", "--nodes", "2", "--workers-per-node", "1"], {}),
+        (["--workers-per-node", "2"], {"PECSCHED_PREFILL_WORKERS": "3"}),
+        (["--prefill-workers", "3"], {"PECSCHED_WORKERS_PER_NODE": "2"}),
+    ],
+)
+def test_two_settings_that_say_the_same_thing_are_not_both_taken(argv, env):
+    message = refusal(ServeSettings, argv, env)
+    assert "says the same thing as" in message
+    assert "give one of them" in message
+    for name in ("prefill_workers", "workers_per_node"):
+        assert ("PECSCHED_" + name.upper() if "PECSCHED_" + name.upper() in env else "--" + name.replace("_", "-")) in (
+            message
+        )
+
+
 @pytest.mark.parametrize("policy", get_args(PolicyName))
 def test_every_policy_and_no_disaggregation_with_each_reach_the_scheduler_through_serve(policy):
     serve = load(ServeSettings, ["--policy", policy, "--no-disaggregation"], {"PECSCHED_PREEMPTION": "true"})
