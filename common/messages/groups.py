@@ -9,8 +9,35 @@ from msgspec import Meta
 from common.messages.base import Record
 from common.units import Tokens
 
-SequenceScheme = Literal["ring", "ulysses"]
-"""What is split among the ranks of a group in attention: the keys' tokens, or the heads."""
+RANKS_MAX = 64
+"""Of one group."""
+
+Stage = Literal["ulysses", "megatron"]
+"""What the ranks of a node do with the weights of a stage, attention or MLP. Ulysses: each has all of them, for its own
+tokens. Megatron: each has a share of them (heads, columns), for all tokens of the node."""
+
+
+class GroupScheme(Record, frozen=True, kw_only=True):
+    """How the ranks of a group share one forward pass: a ring between nodes, heads split inside a node.
+
+    Nodes are rows of ranks: rank = node * per_node + place."""
+
+    per_node: Annotated[int, Meta(ge=1, le=RANKS_MAX)] = 1
+    """Ranks that stand in one node. 1: a ring alone; the group's size: no ring. Must divide the size."""
+    attention: Stage = "ulysses"
+    """Means nothing where `per_node` is 1, as does `mlp`."""
+    mlp: Stage = "ulysses"
+
+    def name(self, size: int) -> str:
+        """For people: "ring 2", "ulysses 3", "ring 2 x megatron/ulysses 2" (attention first)."""
+        nodes = size // self.per_node
+        inside = self.attention if self.attention == self.mlp else f"{self.attention}/{self.mlp}"
+        ring = [f"ring {nodes}"] if nodes > 1 or self.per_node == 1 else []
+        return " x ".join([*ring, *([f"{inside} {self.per_node}"] if self.per_node > 1 else [])])
+
+
+RING = GroupScheme()
+"""Between all ranks: what a group does if nobody asks for more."""
 
 
 class Announcement(Record, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ connections. What is said here is what the scheduler and the coordinator need to
 from __future__ import annotations
 
 from common.messages.base import Message, Record
-from common.messages.groups import SequenceScheme
+from common.messages.groups import RING, GroupScheme
 from common.messages.requests import FinishReason, RequestSpec
 from common.units import Attempt, RequestId, Seconds, Tokens, WorkerId
 
@@ -23,7 +23,7 @@ class FormGroup(Message, frozen=True, kw_only=True):
     """In rank order."""
     addresses: tuple[str, ...] = ()
     """`WorkerProfile.group_address` of each, in rank order; of a group of one, nothing."""
-    scheme: SequenceScheme = "ring"
+    scheme: GroupScheme = RING
 
 
 class PauseGroup(Message, frozen=True, kw_only=True):
@@ -127,7 +127,7 @@ class LoadSegment(Message, frozen=True, kw_only=True):
     """What this rank must know of the prompt: all of it, since each chunk is dealt out over the ranks as it comes."""
     addresses: tuple[str, ...] = ()
     """Of all ranks, as in `FormGroup`."""
-    scheme: SequenceScheme = "ring"
+    scheme: GroupScheme = RING
 
 
 class RunSegment(Message, frozen=True, kw_only=True):

@@ -26,6 +26,7 @@ from common.policy.prefill_events import (
 from common.policy.prefill_jobs import Job, LongJob, LongState, ShortJob, ShortState, Verdict
 from common.policy.prefill_outbox import Outbox
 from common.policy.prefill_passes import PassKind, next_pass
+from common.policy.sp_shares import misfit
 from common.policy.story import StoryLog
 from common.units import Attempt, RequestId
 
@@ -131,6 +132,8 @@ class PrefillBooks:
             return Verdict("failed", f"this worker is not rank {order.rank} of {members}", retryable=False)
         if size > 1 and len(order.addresses) != size:
             return Verdict("failed", f"{len(order.addresses)} addresses for {size} ranks", retryable=False)
+        if refusal := misfit(order.scheme, size):
+            return Verdict("failed", refusal, retryable=False)
         if [(part.start, part.tokens) for part in order.parts] != [(0, order.spec.prompt.tokens)]:
             return Verdict("failed", "a rank needs the whole prompt: each chunk is dealt out anew", retryable=False)
         return None

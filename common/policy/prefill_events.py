@@ -9,7 +9,7 @@ from __future__ import annotations
 from common.messages.base import Record
 from common.messages.cluster import StepCost
 from common.messages.decode import DecodeFailed, DecodeFinished, DecodeStarted
-from common.messages.groups import Announcement, SequenceScheme
+from common.messages.groups import Announcement, GroupScheme
 from common.messages.locations import KvLocation
 from common.messages.prefill import (
     DropRequest,
@@ -72,7 +72,7 @@ class SequenceShare(Record, frozen=True, kw_only=True):
     """One worker's part in a group that computes a sequence."""
 
     rank: int
-    scheme: SequenceScheme
+    scheme: GroupScheme
     addresses: tuple[str, ...]
     """Of all ranks, in their order."""
 

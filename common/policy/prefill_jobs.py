@@ -16,12 +16,12 @@ from enum import StrEnum
 from typing import Literal
 
 from common.messages.cluster import Holding, HoldingPhase
-from common.messages.groups import Announcement, SequenceScheme
+from common.messages.groups import RING, Announcement, GroupScheme
 from common.messages.prefill import RunPrefill
 from common.messages.requests import FinishReason, RequestSpec
 from common.messages.sp import LoadSegment
-from common.policy import sp_shares
 from common.policy.prefill_events import HandoffTarget
+from common.policy.sp_shares import Mesh
 from common.policy.story import Story
 from common.policy.transitions import Table, require_legal
 from common.units import Attempt, RequestId, WorkerId
@@ -186,7 +186,7 @@ class LongJob(Job):
     rank: int = 0
     size: int = 1
     """Of its group."""
-    scheme: SequenceScheme = "ring"
+    scheme: GroupScheme = RING
     called: Announcement | None = None
     """Follower: the pass that rank 0 has begun and that has not begun here."""
     leaves: bool = False
@@ -210,10 +210,8 @@ class LongJob(Job):
 
     @property
     def kv_tokens(self) -> int:
-        """Of this rank. (Where heads are split, all tokens, for some of the heads.)"""
-        if not self.is_shared or self.scheme != "ring":
-            return self.spec.kv_tokens
-        return sp_shares.reserved_tokens(self.spec.kv_tokens, self.size)
+        """Of this rank. (Where heads are split, all tokens of its node, for some of the heads.)"""
+        return Mesh.of(self.scheme, self.size).reserved_tokens(self.spec.kv_tokens)
 
     @property
     def expected(self) -> Announcement | None:

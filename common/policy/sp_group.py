@@ -45,6 +45,7 @@ from common.messages.sp import (
     SegmentPrefilled,
 )
 from common.policy.core import InvariantViolated
+from common.policy.sp_shares import misfit
 from common.policy.story import Story
 from common.policy.transitions import Table, require_legal
 from common.units import Attempt, RequestId, WorkerId
@@ -324,4 +325,4 @@ def why_not(order: FormGroup) -> str:
         return f"a worker is named twice: {', '.join(order.members)}"
     if len(order.members) > 1 and not (len(order.addresses) == len(order.members) and all(order.addresses)):
         return f"{len(order.members)} ranks, addresses {order.addresses}: each rank must be reached by the others"
-    return ""
+    return misfit(order.scheme, len(order.members))

@@ -1,15 +1,21 @@
 """Which rank of a group computes which tokens of a prompt, and who keeps the KV of which.
 
-A chunk is split contiguously over the ranks, in rank order, into parts whose sizes differ by at most one; what does
-not divide goes to the ranks that own the fewest tokens so far, the lowest first. By induction the ranks then own as
-many tokens as if these had been dealt out one by one, rank 0 first: of the first n tokens rank r owns
+A chunk is split contiguously over the owners, in their order, into parts whose sizes differ by at most one; what does
+not divide goes to the owners that have the fewest tokens so far, the lowest first. By induction they then own as
+many tokens as if these had been dealt out one by one, owner 0 first: of the first n tokens owner r has
 ceil((n - r) / degree), however they were cut into chunks. So nothing need be agreed on: a position says all.
+
+The owners are the nodes of a `Mesh`. In a node the places deal out their node's tokens among each other in the same
+way to compute them, and keep the KV of all of these, each for its heads. A ring alone is a mesh of nodes with one
+place each, where every rank owns; Ulysses or Megatron alone is a mesh of one node, which owns everything.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+
+from common.messages.groups import GroupScheme
 
 
 def owned_tokens(tokens: int, degree: int, rank: int) -> int:
@@ -32,6 +38,60 @@ def append_rank(position: int, degree: int) -> int:
 def reserved_tokens(kv_tokens: int, degree: int) -> int:
     """What each rank reserves for a sequence that needs `kv_tokens` in all: what the ranks own at the most."""
     return owned_tokens(kv_tokens, degree, 0)
+
+
+def misfit(scheme: GroupScheme, size: int) -> str:
+    """Why a group of this size cannot compute so; empty: it can."""
+    if scheme.per_node < 1 or size % scheme.per_node:
+        return f"{size} ranks are no whole number of nodes of {scheme.per_node}: per_node must divide the group's size"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """The ranks of a group as nodes of as many places each: rank = node * per_node + place."""
+
+    nodes: int
+    per_node: int
+
+    @classmethod
+    def of(cls, scheme: GroupScheme, size: int) -> Mesh:
+        """Of a scheme that fits the size (see `misfit`)."""
+        return cls(size // scheme.per_node, scheme.per_node)
+
+    @property
+    def size(self) -> int:
+        return self.nodes * self.per_node
+
+    def node(self, rank: int) -> int:
+        return rank // self.per_node
+
+    def place(self, rank: int) -> int:
+        return rank % self.per_node
+
+    def rank(self, node: int, place: int) -> int:
+        return node * self.per_node + place
+
+    def bounds(self, start: int, tokens: int) -> tuple[int, ...]:
+        """Where the parts that the ranks compute of the chunk [start, start + tokens) begin and end: offsets as of
+        `chunk_bounds`. Parts differ by at most one token, and those of a node lie one after another."""
+        offsets = [0]
+        for node, (begin, end) in enumerate(pairwise(chunk_bounds(start, tokens, self.nodes))):
+            before = owned_tokens(start, self.nodes, node)
+            offsets += [begin + offset for offset in chunk_bounds(before, end - begin, self.per_node)[1:]]
+        return tuple(offsets)
+
+    def owned_tokens(self, tokens: int, node: int) -> int:
+        """How many of the first `tokens` tokens this node owns."""
+        return owned_tokens(tokens, self.nodes, node)
+
+    def append_node(self, position: int) -> int:
+        """Which node keeps the KV of the token decoded at this position."""
+        return append_rank(position, self.nodes)
+
+    def reserved_tokens(self, kv_tokens: int) -> int:
+        """For how many tokens each rank reserves KV (in its heads) of a sequence that needs `kv_tokens` in all."""
+        return reserved_tokens(kv_tokens, self.nodes)
 
 
 class Shares:

@@ -27,11 +27,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from common.messages.base import Record
-from common.messages.groups import Announcement, SequenceScheme
+from common.messages.groups import Announcement, GroupScheme
+from common.policy.sp_shares import Mesh, misfit
 from common.units import Attempt, RequestId
 from services.engine.interface import EngineError
-
-RANKS_MAX = 64
 
 
 class GroupBroken(EngineError):
@@ -136,5 +135,13 @@ class GroupShare:
 
     rank: int
     size: int
-    scheme: SequenceScheme
+    scheme: GroupScheme
     link: GroupLink
+
+    def __post_init__(self) -> None:
+        if refusal := misfit(self.scheme, self.size):
+            raise EngineError(refusal)
+
+    @property
+    def mesh(self) -> Mesh:
+        return Mesh.of(self.scheme, self.size)

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 
 from common.logs import get_logger
 from common.messages.base import Message
-from services.engine.collectives import RANKS_MAX, GroupBroken, GroupKey, GroupLinks
+from common.messages.groups import RANKS_MAX
+from services.engine.collectives import GroupBroken, GroupKey, GroupLinks
 from services.engine.collectives_tcp import TcpGroupLink
 from services.engine.owned_tasks import OwnedTasks
 from services.engine.transport_frames import (

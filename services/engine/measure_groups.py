@@ -8,6 +8,7 @@ engine's passes; a way's first run does not count.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import multiprocessing
 import random
 import time
@@ -18,7 +19,7 @@ from multiprocessing.connection import Connection
 import msgspec
 
 from common.messages.cluster import StepCost
-from common.messages.groups import Announcement, SequenceScheme
+from common.messages.groups import Announcement, GroupScheme
 from common.messages.requests import Prompt, RequestSpec, SamplingParams
 from common.settings import PrefillWorkerSettings
 from common.units import Attempt, RequestId, RouterId
@@ -54,7 +55,8 @@ class _Order:
     """Prefill the prompt. All ranks of the group get the same."""
 
     number: int
-    way: str
+    scheme: GroupScheme | None
+    """None: rank 0 alone."""
     addresses: tuple[str, ...]
 
 
@@ -69,13 +71,13 @@ class _Report:
 def measure_groups(
     settings: PrefillWorkerSettings,
     size: int,
-    schemes: Sequence[SequenceScheme],
+    schemes: Sequence[GroupScheme],
     tokens: int,
     runs: int,
     seed: int,
     on_run: OnDone,
 ) -> dict[str, WayTimes]:
-    """By way: `ALONE` and each scheme. Blocking. Raises: EngineError (a process fell silent or failed)."""
+    """By way: `ALONE` and the name of each scheme. Blocking. Raises: EngineError (a process fell silent or failed)."""
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(size)]
     args = (msgspec.to_builtins(settings), size, tokens, seed)
@@ -88,15 +90,14 @@ def measure_groups(
     try:
         ends = [ours for ours, _ in pipes]
         addresses = tuple(str(_hear(end, LOAD_S)) for end in ends)
-        found = {way: WayTimes() for way in (ALONE, *schemes)}
-        for run in range(runs + 1):
-            for at, (way, times) in enumerate(found.items()):
-                among = ends[:1] if way == ALONE else ends
-                order = _Order(run * len(found) + at, way, addresses[: len(among)])
-                reports = _all_report(among, order)
-                if run:
-                    _note(times, reports)
-                on_run()
+        ways: list[tuple[str, GroupScheme | None]] = [(ALONE, None), *((one.name(size), one) for one in schemes)]
+        found = {way: WayTimes() for way, _ in ways}
+        for number, (run, (way, scheme)) in enumerate(itertools.product(range(runs + 1), ways)):
+            among = ends[:1] if scheme is None else ends
+            reports = _all_report(among, _Order(number, scheme, addresses[: len(among)]))
+            if run:
+                _note(found[way], reports)
+            on_run()
     finally:
         for process in ranks:
             process.kill()
@@ -172,13 +173,12 @@ class _Process:
             max_tokens=1,
             sampling=SamplingParams(temperature=0.0),
         )
-        if order.way == ALONE:
+        if order.scheme is None:
             self._engine.open(spec, self._prompt, None)
             report = await self._lead(name, 1)
         else:
             link = await door.join(GroupKey(request_id=name, attempt=Attempt(0)), self._rank, order.addresses)
-            scheme: SequenceScheme = "ring" if order.way == "ring" else "ulysses"
-            share = GroupShare(self._rank, self._size, scheme, link)
+            share = GroupShare(self._rank, self._size, order.scheme, link)
             calls: asyncio.Queue[Announcement] = asyncio.Queue()
             self._engine.open_share(spec, self._prompt, share, lambda _, call: calls.put_nowait(call))
             report = await (self._lead(name, self._size) if self._rank == 0 else self._follow(name, calls))

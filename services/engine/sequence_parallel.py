@@ -105,7 +105,7 @@ class GroupPass:
         self._decided = False
         if self.rank == 0:
             self.stopping = self._stop_wanted()
-        scheme = ring_attention if self.shared.share.scheme == "ring" else ulysses_attention
+        scheme = ring_attention if self.shared.share.scheme.per_node == 1 else ulysses_attention
         return scheme(self, kv, layer, query, key, value, scaling)
 
     def last_hidden(self, hidden: Tensor | None, layers: int, like: Tensor) -> Tensor | None:

@@ -101,7 +101,9 @@ class TorchPrefillEngine:
         name, kv_tokens, kv_heads = spec.request_id, len(prompt) + spec.max_tokens, self._model.kv_heads
         heads = head_shares(self._model.query_heads, kv_heads, share.size)
         mine = heads[share.rank]
-        if share.scheme == "ring":
+        if share.scheme.per_node not in (1, share.size) or "megatron" in (share.scheme.attention, share.scheme.mlp):
+            raise EngineError(f"groups compute by ring or by Ulysses, not by {share.scheme.name(share.size)}")
+        if share.scheme.per_node == 1:
             kv = self._store.reserve(name, reserved_tokens(kv_tokens, share.size))
         else:
             charged = mine.reserved_tokens(kv_tokens, kv_heads)

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.messages.groups import Announcement, SequenceScheme
+from common.messages.groups import Announcement, GroupScheme
 from common.messages.requests import Prompt, RequestSpec, SamplingParams
 from common.units import Attempt, RequestId, RouterId
 from services.engine.collectives import GroupKey, GroupLink, GroupLinks, GroupShare
@@ -20,6 +20,11 @@ PATIENCE_S = 20.0
 """Longest wait of a test for anything; nothing should come near it."""
 
 LINK_KINDS = ("memory", "tcp")
+
+
+def scheme_of(kind: str, size: int) -> GroupScheme:
+    """ "ring" or "ulysses", of all ranks."""
+    return GroupScheme(per_node={"ring": 1, "ulysses": size}[kind])
 
 
 def doors(kind: str, count: int, *, silence_s: float = 5.0, join_s: float = 5.0, secret: str = "s") -> list[GroupLinks]:
@@ -94,7 +99,7 @@ class Ranks:
     def leader(self) -> PrefillEngine:
         return self.ranks[0].engine
 
-    async def open(self, name: str, prompt: Sequence[int], max_tokens: int, scheme: SequenceScheme) -> None:
+    async def open(self, name: str, prompt: Sequence[int], max_tokens: int, scheme: GroupScheme) -> None:
         self.links = await joined(self.doors, name)
         size = len(self.ranks)
         for number, (rank, link) in enumerate(zip(self.ranks, self.links, strict=True)):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from common.messages.cluster import StepCost
-from common.messages.groups import Announcement, SequenceScheme
+from common.messages.groups import RING, Announcement, GroupScheme
 from common.units import RequestId
 from services.engine.collectives import GroupBroken
 from services.engine.interface import EngineError, KvFull, Segment
@@ -22,13 +22,14 @@ from services.engine.model import LoadedModel, load_model
 from services.engine.prefill import PassRun
 from services.engine.sequence_parallel import GroupPass
 from services.engine.torch_prefill import TorchPrefillEngine
-from tests.engine.group_world import PATIENCE_S, Ranks, doors, spec, tokens_computed
+from tests.engine.group_world import PATIENCE_S, Ranks, doors, scheme_of, spec, tokens_computed
 from tests.engine.models import VOCAB, reference_greedy, reference_model, tiny_model
 
 COST = StepCost(pass_s=0.001, token_s=0.0001, pair_s=0.0)
 CAPACITY = 2_000
 NEW_TOKENS = 5
 LENGTHS = (1, 2, 31, 64, 331)
+ULYSSES_2 = GroupScheme(per_node=2)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ async def generate(
     return drawn, stops
 
 
-CASES: list[tuple[SequenceScheme, int, str, dict[str, Any]]] = [
+CASES: list[tuple[str, int, str, dict[str, Any]]] = [
     ("ring", 2, "tcp", {}),
     ("ring", 3, "memory", {}),
     ("ring", 4, "tcp", {}),
@@ -118,7 +119,7 @@ CASES: list[tuple[SequenceScheme, int, str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("scheme", "size", "kind", "changes"), CASES)
 async def test_tokens_and_logits_equal_a_single_workers(
-    scheme: SequenceScheme, size: int, kind: str, changes: dict[str, Any], tmp_path: Path, leads: Leads
+    scheme: str, size: int, kind: str, changes: dict[str, Any], tmp_path: Path, leads: Leads
 ) -> None:
     changes = dict(changes)
     at = tiny_model(changes.pop("family", "llama"), tmp_path / "model", **changes)
@@ -126,7 +127,7 @@ async def test_tokens_and_logits_equal_a_single_workers(
     group, rng, stops = group_of(model, size, kind), random.Random(f"{scheme}{size}{changes}"), 0
     for length in LENGTHS:
         name, prompt = f"p{length}", random_prompt(rng, length)
-        await group.open(name, prompt, NEW_TOKENS, scheme)
+        await group.open(name, prompt, NEW_TOKENS, scheme_of(scheme, size))
         leads.logits.clear()
         tokens, stopped = await generate(group, leads, rng, name, prompt, NEW_TOKENS, 97)
         stops += stopped
@@ -147,27 +148,27 @@ async def test_tokens_and_logits_equal_a_single_workers(
 async def test_kv_is_reserved_by_share(llama: LoadedModel) -> None:
     group = group_of(llama, 2, "memory")
     prompt = list(range(3, 104))
-    await group.open("ring", prompt, 10, "ring")
+    await group.open("ring", prompt, 10, RING)
     assert [rank.engine.kv_used_tokens for rank in group.ranks] == [56, 56]  # 111 halved
-    await group.open("ulysses", prompt, 10, "ulysses")  # 2 and 1 of 3 KV heads
+    await group.open("ulysses", prompt, 10, ULYSSES_2)  # 2 and 1 of 3 KV heads
     assert [rank.engine.kv_used_tokens for rank in group.ranks] == [56 + 74, 56 + 37]
     with pytest.raises(EngineError, match="already open"):
-        await group.open("ring", prompt, 10, "ring")
+        await group.open("ring", prompt, 10, RING)
     for at in range(5):
-        await group.open(f"n{at}", [3] * 400, 100, "ulysses")
+        await group.open(f"n{at}", [3] * 400, 100, ULYSSES_2)
     with pytest.raises(KvFull, match="needs KV for 334 tokens"):
-        await group.open("over", [3] * 400, 100, "ulysses")
+        await group.open("over", [3] * 400, 100, ULYSSES_2)
     await group.shutdown()
 
 
 @pytest.mark.parametrize(("scheme", "size"), [("ring", 2), ("ring", 3), ("ulysses", 2)])
 async def test_decode_on_the_shards_with_shorts_sharing_the_pass(
-    scheme: SequenceScheme, size: int, llama: LoadedModel, folder: Path, leads: Leads, request: pytest.FixtureRequest
+    scheme: str, size: int, llama: LoadedModel, folder: Path, leads: Leads, request: pytest.FixtureRequest
 ) -> None:
     """On every rank a short prefills and decodes in the passes of the long's decode."""
     group, rng = group_of(llama, size), random.Random(size)
     prompt, steps = random_prompt(rng, 150), 200 if request.config.getoption("--nightly") else 40
-    await group.open("long", prompt, steps, scheme)
+    await group.open("long", prompt, steps, scheme_of(scheme, size))
     drawn, _ = await generate(group, leads, rng, "long", prompt, 1, 60)
     shorts = [random_prompt(rng, 20 + 3 * at) for at in range(size)]
     fed = [0] * size
@@ -220,7 +221,7 @@ async def test_no_stop_ends_in_a_deadlock(
     while stops < wanted:
         name, scheme = f"p{stops}", rng.choice(["ring", "ulysses"])
         prompt = random_prompt(rng, rng.randint(1, 40))
-        await group.open(name, prompt, 2, scheme)  # type: ignore[arg-type]
+        await group.open(name, prompt, 2, scheme_of(scheme, size))
         for start, tokens in ((0, len(prompt)), (len(prompt), 1)):
             leads.stop_after = rng.randint(1, 4)
             result = await group.run([Segment(RequestId(name), start, tokens, True)])
@@ -260,7 +261,7 @@ class Hold:
 async def test_a_lost_rank_frees_the_others_and_the_engines_live_on(
     kind: str,
     how: str,
-    scheme: SequenceScheme,
+    scheme: str,
     victim: int,
     llama: LoadedModel,
     folder: Path,
@@ -270,7 +271,7 @@ async def test_a_lost_rank_frees_the_others_and_the_engines_live_on(
     if how == "sockets closed" and kind == "memory":
         return
     group, rng = group_of(llama, 3, kind, silence_s=0.3 if how == "silent" else 30.0), random.Random(1)
-    await group.open("a", random_prompt(rng, 60), 5, scheme)
+    await group.open("a", random_prompt(rng, 60), 5, scheme_of(scheme, 3))
     hold = Hold(monkeypatch, victim, 1, "out of memory" if how == "fails" else "")
     leading = asyncio.ensure_future(group.leader.run([Segment(RequestId("a"), 0, 40, False)]))
     async with asyncio.timeout(PATIENCE_S / 2):
@@ -293,7 +294,7 @@ async def test_a_lost_rank_frees_the_others_and_the_engines_live_on(
     assert [rank.engine.kv_used_tokens for rank in group.ranks] == [0, 0, 0]
 
     prompt = random_prompt(rng, 50)
-    await group.open("b", prompt, 4, scheme)
+    await group.open("b", prompt, 4, scheme_of(scheme, 3))
     tokens, _ = await generate(group, leads, rng, "b", prompt, 4, 30)
     assert tokens == reference_greedy(reference_model(folder), prompt, 4)[0]
     await group.shutdown()
@@ -310,7 +311,7 @@ async def test_a_rank_lost_at_any_moment_costs_no_more_than_its_group(
     expected = reference_greedy(reference_model(folder), prompt, 12)[0]
     for number in range(losses):
         name, scheme = f"p{number}", rng.choice(["ring", "ulysses"])
-        await group.open(name, prompt, 12, scheme)  # type: ignore[arg-type]
+        await group.open(name, prompt, 12, scheme_of(scheme, 3))
         serving = asyncio.ensure_future(generate(group, leads, rng, name, prompt, 12, 50))
         await asyncio.sleep(rng.uniform(0.0, 0.1))
         rng.choice(group.links).abort()
@@ -324,7 +325,7 @@ async def test_a_rank_lost_at_any_moment_costs_no_more_than_its_group(
         group.close(name)
         assert [rank.engine.kv_used_tokens for rank in group.ranks] == [0, 0, 0]
     assert lost > losses // 2
-    await group.open("last", prompt, 12, "ring")
+    await group.open("last", prompt, 12, RING)
     assert (await generate(group, leads, rng, "last", prompt, 12, 50))[0] == expected
     await group.shutdown("last")
 
@@ -342,7 +343,7 @@ async def broken(group: Ranks, rank: int, leading: asyncio.Future[Any], reason: 
 
 async def test_one_of_a_group_closes_its_sequence_while_idle(llama: LoadedModel) -> None:
     group = group_of(llama, 2)
-    await group.open("a", [3] * 20, 5, "ring")
+    await group.open("a", [3] * 20, 5, RING)
     assert (await group.run([Segment(RequestId("a"), 0, 10, False)])).finished
     group.ranks[1].engine.close(RequestId("a"))
     with pytest.raises(GroupBroken):
@@ -355,7 +356,7 @@ async def test_a_cancelled_leader_breaks_the_group_rather_than_wait_for_it(
     llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group = group_of(llama, 2)
-    await group.open("a", [3] * 20, 5, "ring")
+    await group.open("a", [3] * 20, 5, RING)
     hold = Hold(monkeypatch, 1, 1)
     leading = asyncio.ensure_future(group.leader.run([Segment(RequestId("a"), 0, 20, True)]))
     async with asyncio.timeout(PATIENCE_S):
@@ -370,8 +371,8 @@ async def test_a_cancelled_leader_breaks_the_group_rather_than_wait_for_it(
 
 async def test_passes_that_would_not_fit_are_refused(llama: LoadedModel) -> None:
     group = group_of(llama, 2, "memory")
-    await group.open("a", [3] * 20, 5, "ring")
-    await group.open("b", [3] * 20, 5, "ring")
+    await group.open("a", [3] * 20, 5, RING)
+    await group.open("b", [3] * 20, 5, RING)
     a, b = RequestId("a"), RequestId("b")
     for segments, complaint in (
         ([Segment(a, 0, 5, False), Segment(b, 0, 5, False)], "one sequence that a group shares"),
@@ -393,7 +394,7 @@ async def test_passes_that_would_not_fit_are_refused(llama: LoadedModel) -> None
 
 async def test_a_follower_cannot_stop_the_group(llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     group = group_of(llama, 2)
-    await group.open("a", [3] * 20, 5, "ulysses")
+    await group.open("a", [3] * 20, 5, ULYSSES_2)
     hold = Hold(monkeypatch, 1, 0)
     running = asyncio.ensure_future(group.run([Segment(RequestId("a"), 0, 20, True)]))
     await hold.reached.wait()
@@ -406,7 +407,7 @@ async def test_a_follower_cannot_stop_the_group(llama: LoadedModel, monkeypatch:
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("scheme", ["ring", "ulysses"])
 async def test_a_stop_during_attention_takes_effect_in_that_step(
-    scheme: SequenceScheme, size: int, llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    scheme: str, size: int, llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group, decide, calls = group_of(llama, size), GroupPass.decide, 0
 
@@ -420,14 +421,14 @@ async def test_a_stop_during_attention_takes_effect_in_that_step(
             group.ranks[0].engine.stop()  # after the first was told it is too late: all must hear the same
 
     monkeypatch.setattr(GroupPass, "decide", late)
-    await group.open("a", [3] * 20, 5, scheme)
+    await group.open("a", [3] * 20, 5, scheme_of(scheme, size))
     result = await group.run([Segment(RequestId("a"), 0, 20, True)])
     assert (result.finished, result.steps_done) == (False, 1)
     result = await group.resume("a")
     assert (result.finished, result.steps_done) == (False, 2)
     assert calls >= 2
     # A chunk too small for all: what rank 0 said first holds, and the stop comes a step later.
-    await group.open("b", [3] * 20, 5, scheme)
+    await group.open("b", [3] * 20, 5, scheme_of(scheme, size))
     result = await group.run([Segment(RequestId("b"), 0, size - 1, False)])
     assert (result.finished, result.steps_done) == ((False, 2) if size > 2 or scheme == "ulysses" else (True, 3))
     await group.shutdown("a", "b")
@@ -435,7 +436,7 @@ async def test_a_stop_during_attention_takes_effect_in_that_step(
 
 async def test_a_rank_is_called_with_what_rank_0_runs(llama: LoadedModel, leads: Leads) -> None:
     group = group_of(llama, 3)
-    await group.open("a", [3] * 20, 5, "ring")
+    await group.open("a", [3] * 20, 5, RING)
     leads.engine, leads.stop_after = group.leader, 2  # type: ignore[assignment]
     await group.run([Segment(RequestId("a"), 0, 20, True)])
     await group.resume("a")
@@ -451,7 +452,7 @@ async def test_a_rank_is_called_with_what_rank_0_runs(llama: LoadedModel, leads:
 
 @pytest.mark.parametrize(("scheme", "size"), [("ring", 2), ("ring", 3), ("ring", 4), ("ulysses", 2), ("ulysses", 3)])
 async def test_eight_thousand_tokens(
-    scheme: SequenceScheme, size: int, tmp_path: Path, leads: Leads, request: pytest.FixtureRequest
+    scheme: str, size: int, tmp_path: Path, leads: Leads, request: pytest.FixtureRequest
 ) -> None:
     if not request.config.getoption("--nightly"):
         pytest.skip("8,000 tokens take a minute: in the nightly run")
@@ -460,7 +461,7 @@ async def test_eight_thousand_tokens(
     engines = [TorchPrefillEngine(model, COST, kv_capacity_tokens=9_000) for _ in range(size)]
     group, rng = Ranks(engines, doors("tcp", size)), random.Random(8)
     prompt = random_prompt(rng, 8_000)
-    await group.open("a", prompt, 3, scheme)
+    await group.open("a", prompt, 3, scheme_of(scheme, size))
     tokens, stops = await generate(group, leads, rng, "a", prompt, 3, 700)
     theirs, logits = reference_greedy(reference_model(at), prompt, 3)
     assert tokens == theirs

@@ -8,6 +8,7 @@ import random
 import pytest
 
 from common.messages.cluster import StepCost
+from common.messages.groups import RING, GroupScheme
 from common.runtime.virtual_time import run_virtual
 from common.units import RequestId
 from services.engine.collectives import GroupBroken
@@ -35,7 +36,7 @@ async def test_chunks_stops_and_rows(kind: str, size: int) -> None:
     group, rng = group_of(size, kind), random.Random(size)
     engines: list[TimedPrefillEngine] = [rank.engine for rank in group.ranks]  # type: ignore[misc]
     prompt = [rng.randrange(211) for _ in range(100)]
-    await group.open("long", prompt, 10, "ring")
+    await group.open("long", prompt, 10, RING)
     assert {engine.kv_used_tokens for engine in engines} == {-(-110 // size)}
     drawn: list[int] = []
     stops = 0
@@ -57,7 +58,7 @@ async def test_chunks_stops_and_rows(kind: str, size: int) -> None:
 def test_a_chunk_takes_its_share_of_the_time_in_virtual_time() -> None:
     async def seconds(size: int) -> float:
         group = group_of(size)
-        await group.open("long", [1] * 200, 1, "ulysses")
+        await group.open("long", [1] * 200, 1, GroupScheme(per_node=size))
         begun = asyncio.get_running_loop().time()
         await group.run([Segment(LONG, 0, 200, True)])
         return asyncio.get_running_loop().time() - begun
@@ -71,7 +72,7 @@ def test_a_chunk_takes_its_share_of_the_time_in_virtual_time() -> None:
 def test_a_silent_rank_is_given_up_in_virtual_time() -> None:
     async def scene() -> None:
         group = group_of(2, silence_s=7.0)
-        await group.open("long", [1] * 20, 1, "ring")
+        await group.open("long", [1] * 20, 1, RING)
         group.ranks[1].called = lambda *_: None  # type: ignore[method-assign]
         group.links[1].on_call(lambda _: None)
         begun = asyncio.get_running_loop().time()
@@ -86,7 +87,7 @@ def test_a_silent_rank_is_given_up_in_virtual_time() -> None:
 @pytest.mark.parametrize("kind", LINK_KINDS)
 async def test_a_lost_rank_frees_the_others(kind: str) -> None:
     group = group_of(3, kind, silence_s=30.0)
-    await group.open("long", [1] * 20, 1, "ring")
+    await group.open("long", [1] * 20, 1, RING)
     leading = asyncio.ensure_future(group.leader.run([Segment(LONG, 0, 20, True)]))
     await asyncio.sleep(0)
     group.links[2].abort()
@@ -94,15 +95,15 @@ async def test_a_lost_rank_frees_the_others(kind: str) -> None:
         assert isinstance((await asyncio.gather(leading, return_exceptions=True))[0], GroupBroken)
     await group.settled()
     group.close("long")
-    await group.open("again", [1] * 20, 1, "ring")
+    await group.open("again", [1] * 20, 1, RING)
     assert (await group.run([Segment(RequestId("again"), 0, 20, True)])).finished
     await group.shutdown("again")
 
 
 async def test_two_shared_sequences_in_a_pass_are_refused() -> None:
     group = group_of(2)
-    await group.open("a", [1] * 20, 1, "ring")
-    await group.open("b", [1] * 20, 1, "ring")
+    await group.open("a", [1] * 20, 1, RING)
+    await group.open("b", [1] * 20, 1, RING)
     with pytest.raises(EngineError, match="one sequence that a group shares"):
         await group.leader.run([Segment(RequestId("a"), 0, 20, True), Segment(RequestId("b"), 0, 20, True)])
     with pytest.raises(EngineError, match="known tokens"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from common.messages.groups import Announcement
+from common.messages.groups import Announcement, GroupScheme
 from common.messages.prefill import KvReleased, PrefillFinished
 from common.messages.sp import (
     DropSegment,
@@ -334,6 +334,7 @@ def test_a_follower_dropped_in_a_pass_breaks_it_and_others_live():
         ({"rank": 0}, "is not rank 0"),
         ({"rank": 2}, "is not rank 2"),
         ({"addresses": ("a:1",)}, "1 addresses for 2 ranks"),
+        ({"scheme": GroupScheme(per_node=3)}, "no whole number of nodes of 3"),
         ({"members": (WORKER, WORKER)}, "is not rank 1"),
         ({"parts": (SegmentPart(start=0, tokens=10),)}, "the whole prompt"),
     ],

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from common.messages.groups import GroupScheme
 from common.messages.requests import Prompt, RequestSpec
 from common.messages.sp import (
     DissolveGroup,
@@ -501,6 +502,16 @@ def test_a_group_that_cannot_be_is_refused(members, addresses):
     assert type(failed) is GroupFailed
     assert not failed.retryable
     assert core.driving() == ()
+
+
+def test_a_scheme_that_does_not_fit_the_group_is_refused():
+    order = FormGroup(
+        spec=spec(), members=("w0", "w1", "w2"), addresses=("a:1", "b:1", "c:1"), scheme=GroupScheme(per_node=2)
+    )
+    (failed,) = SpCoordinator(ANSWER_S).handle(order, 0.0)
+    assert type(failed) is GroupFailed
+    assert "3 ranks are no whole number of nodes of 2" in failed.reason
+    assert not failed.retryable
 
 
 def test_stop_dissolves_all_and_takes_no_more():

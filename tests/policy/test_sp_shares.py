@@ -7,7 +7,17 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.policy.sp_shares import Shares, append_rank, chunk_bounds, head_shares, owned_tokens, reserved_tokens
+from common.messages.groups import RING, GroupScheme
+from common.policy.sp_shares import (
+    Mesh,
+    Shares,
+    append_rank,
+    chunk_bounds,
+    head_shares,
+    misfit,
+    owned_tokens,
+    reserved_tokens,
+)
 
 DEGREES = st.integers(1, 9)
 CHUNKS = st.lists(st.integers(0, 40), max_size=12)
@@ -40,6 +50,51 @@ def test_a_position_says_all(degree: int, chunks: list[int], decoded: int) -> No
         position += 1
     assert shares.owned == [owned_tokens(position, degree, rank) for rank in range(degree)]
     assert max(shares.owned) <= reserved_tokens(position, degree)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), CHUNKS)
+def test_a_mesh_deals_out_over_nodes_and_in_each_over_places(nodes: int, per_node: int, chunks: list[int]) -> None:
+    mesh, computed, position = Mesh(nodes, per_node), [0] * nodes * per_node, 0
+    for tokens in chunks:
+        bounds = mesh.bounds(position, tokens)
+        parts = [end - begin for begin, end in pairwise(bounds)]
+        assert (bounds[0], bounds[-1], len(parts)) == (0, tokens, mesh.size)
+        assert bounds[::per_node] == chunk_bounds(position, tokens, nodes)
+        assert max(parts) - min(parts) <= 1
+        computed = [before + part for before, part in zip(computed, parts, strict=True)]
+        position += tokens
+    assert max(computed) - min(computed) <= 1
+    for node in range(nodes):
+        ranks = [mesh.rank(node, place) for place in range(per_node)]
+        assert [(mesh.node(rank), mesh.place(rank)) for rank in ranks] == [(node, at) for at in range(per_node)]
+        assert sum(computed[rank] for rank in ranks) == mesh.owned_tokens(position, node)
+        assert mesh.owned_tokens(position, node) <= mesh.reserved_tokens(position)
+        assert mesh.owned_tokens(position + 1, node) - mesh.owned_tokens(position, node) == (
+            mesh.append_node(position) == node
+        )
+
+
+def test_meshes_by_example() -> None:
+    assert Mesh.of(RING, 3).bounds(5, 5) == chunk_bounds(5, 5, 3)
+    assert Mesh.of(GroupScheme(per_node=3), 3).bounds(5, 5) == chunk_bounds(5, 5, 3)
+    assert Mesh(2, 2).bounds(0, 6) == (0, 2, 3, 5, 6)
+    assert Mesh(2, 2).bounds(6, 3) == (0, 1, 2, 2, 3)  # node 0 is next; in both, place 1 has computed the fewest
+    assert (Mesh(2, 2).reserved_tokens(11), Mesh(1, 4).reserved_tokens(11)) == (6, 11)
+
+
+def test_schemes_have_names_and_must_fit_the_group() -> None:
+    mixed = GroupScheme(per_node=2, attention="megatron")
+    named = [(RING, 2), (GroupScheme(per_node=3), 3), (mixed, 4), (mixed, 2), (GroupScheme(per_node=2), 6), (RING, 1)]
+    assert [scheme.name(size) for scheme, size in named] == [
+        "ring 2",
+        "ulysses 3",
+        "ring 2 x megatron/ulysses 2",
+        "megatron/ulysses 2",
+        "ring 3 x ulysses 2",
+        "ring 1",
+    ]
+    assert not misfit(mixed, 4)
+    assert misfit(mixed, 3) == "3 ranks are no whole number of nodes of 2: per_node must divide the group's size"
 
 
 def test_by_example() -> None:
