@@ -120,7 +120,7 @@ class Shares:
 
 @dataclass(frozen=True, slots=True)
 class HeadShare:
-    """The attention heads of one rank, where heads are split and not tokens: [begin, end) of each kind."""
+    """The attention heads of one place of a node: [begin, end) of each kind."""
 
     kv: tuple[int, int]
     query: tuple[int, int]
@@ -139,21 +139,26 @@ class HeadShare:
 
 
 def head_shares(query_heads: int, kv_heads: int, degree: int) -> tuple[HeadShare, ...]:
-    """Deal the heads out, by rank. KV heads as evenly as possible, and with each the query heads that attend to it.
-    Where there are more ranks than KV heads, the ranks are dealt out to these, and those of one KV head hold a copy
-    of it each and split its query heads; a rank for which no query head is left has nothing to do."""
+    """Deal the heads out over `degree` places, by place. KV heads as evenly as possible, and with each the query heads
+    that attend to it. Where there are more places than KV heads, the places are dealt out to these, and those of one
+    KV head hold a copy of it each and split its query heads; a place for which no query head is left has nothing to do
+    (never the first)."""
     group = query_heads // kv_heads
     if degree <= kv_heads:
-        ends = [_even(kv_heads, degree, rank) for rank in range(degree + 1)]
-        return tuple(HeadShare((kv, end), (kv * group, end * group)) for kv, end in pairwise(ends))
+        kv = [part_of(kv_heads, degree, rank) for rank in range(degree)]
+        return tuple(HeadShare((begin, end), (begin * group, end * group)) for begin, end in kv)
     shares = []
     for head in range(kv_heads):
-        ranks = _even(degree, kv_heads, head + 1) - _even(degree, kv_heads, head)
-        queries = [head * group + _even(group, ranks, number) for number in range(ranks + 1)]
-        shares += [HeadShare((head, head + (begin < end)), (begin, end)) for begin, end in pairwise(queries)]
+        first, last = part_of(degree, kv_heads, head)
+        for number in range(last - first):
+            begin, end = part_of(group, last - first, number)
+            query = (head * group + begin, head * group + end)
+            shares.append(HeadShare((head, head + (begin < end)), query))
     return tuple(shares)
 
 
-def _even(things: int, parts: int, number: int) -> int:
-    """Where part `number` begins, if the first parts get what does not divide."""
-    return number * (things // parts) + min(number, things % parts)
+def part_of(things: int, parts: int, number: int) -> tuple[int, int]:
+    """[begin, end) of part `number` of so many things, dealt out in parts as equal as can be, the larger ones first."""
+    size, larger = divmod(things, parts)
+    begin = number * size + min(number, larger)
+    return begin, begin + size + (number < larger)

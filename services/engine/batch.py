@@ -125,6 +125,17 @@ def pack(
     return RaggedBatch(rows, torch.tensor([ids], dtype=torch.int64).to(device), positions.unsqueeze(0).to(device))
 
 
+def node_batch(row: Packed, device: torch.device) -> RaggedBatch:
+    """All tokens of a shared sequence's row that the ranks of this node compute."""
+    assert row.group is not None
+    start, tokens = row.group.node_start, row.group.node_tokens
+    ids = row.sequence.token_ids[start : start + tokens]
+    positions = torch.arange(start, start + tokens)
+    placed = Packed(row.sequence, start, tokens, False, 0, row.group)
+    token_ids = torch.tensor([ids], dtype=torch.int64)
+    return RaggedBatch((placed,), token_ids.to(device), positions.unsqueeze(0).to(device))
+
+
 def _own_part(sequence: HeldSequence, segment: Segment, group: GroupPass | None) -> Packed:
     if sequence.shared is None or group is None:
         return Packed(sequence, segment.start, segment.tokens, segment.sample, 0)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from services.engine.batch import HeldSequence, Packed, RaggedBatch
+from services.engine.batch import HeldSequence, Packed, RaggedBatch, node_batch
 from services.engine.interface import EngineError, LayerKv, Sampled
+from services.engine.megatron import Placed, Rotary, compute_layer
 from services.engine.model import LoadedModel
 from services.engine.sampler import sample
 from services.engine.sequence_parallel import GroupPass
@@ -30,7 +31,9 @@ class PassRun:
         self.logits: Tensor | None = None  # [segments that sample, vocab], after the last step
         self._model = model
         self._hidden: Tensor | None = None  # [1, tokens, hidden]
-        self._rotary: tuple[Tensor, Tensor] | None = None  # each [1, tokens, rotary dim]
+        self._rotary: Rotary | None = None
+        self._node: Placed | None = None
+        """Of a chunk whose linear work is split among ranks: all that those of this node compute."""
         for row in batch.rows:
             row.sequence.active_pass = self
 
@@ -48,10 +51,15 @@ class PassRun:
         """Run the next layer. Must be called in `torch.inference_mode`."""
         if self.finished:
             raise EngineError("the pass is finished")
-        if self.batch.tokens == 0:
-            self._lend()
-        else:
+        group = self.group
+        if group is not None:
+            group.begin_step(self.steps_done)
+        if self.batch.tokens or (group is not None and group.splits_weights):
             self._compute_layer()
+        else:
+            self._lend()
+        if group is not None:
+            group.end_step()
         self.steps_done += 1
         for row in self.batch.rows:
             row.sequence.layer_tokens += row.tokens
@@ -61,11 +69,15 @@ class PassRun:
             torch.cuda.synchronize(self._model.device)
 
     def _compute_layer(self) -> None:
-        decoder = self._model.decoder
-        if self._hidden is None or self._rotary is None:
+        decoder, group = self._model.decoder, self.group
+        if self._hidden is None:
             self._hidden = decoder.embed_tokens(self.batch.token_ids)
             self._rotary = rotary_tables(self._model, self._hidden, self.batch)
-        self._hidden = decoder.layers[self.steps_done](
+        layer = decoder.layers[self.steps_done]
+        if group is not None and group.splits_weights:
+            self._hidden = self._compute_split_layer(group, layer, self._hidden)
+            return
+        self._hidden = layer(
             self._hidden,
             attention_mask=None,
             position_ids=self.batch.positions,
@@ -74,6 +86,15 @@ class PassRun:
             position_embeddings=self._rotary,
             ctx=self.batch,
         )
+
+    def _compute_split_layer(self, group: GroupPass, layer: Any, hidden: Tensor) -> Tensor:
+        (row,) = self.batch.rows
+        if self._node is None:
+            batch = node_batch(row, self._model.device)
+            self._node = Placed(batch, rotary_tables(self._model, hidden, batch))
+        assert self._rotary is not None
+        own = Placed(self.batch, self._rotary)
+        return compute_layer(group, layer, group.weights(self.steps_done), hidden, own, self._node, self._lend)
 
     def _lend(self) -> None:
         """No token of the pass is computed here: only the KV kept here is asked for."""
@@ -84,7 +105,7 @@ class PassRun:
         nothing = torch.empty(1, model.kv_heads, 0, model.head_dim, dtype=model.dtype, device=model.device)
         query = nothing.new_empty(1, model.query_heads, 0, model.head_dim)
         scaling: float = model.decoder.layers[self.steps_done].self_attn.scaling
-        row.group.attend(row.sequence.kv, self.steps_done, query, nothing, nothing, scaling)
+        row.group.attend_nothing(row.sequence.kv, self.steps_done, query, nothing, nothing, scaling)
 
     def layer_kv(self, layer: int) -> list[tuple[HeldSequence, LayerKv]]:
         """The KV this pass added to a layer it has done, for the sequences that have a sink."""
@@ -126,7 +147,7 @@ class PassRun:
         last = [self._last_of(row) if brought is None or row is not shared else brought for row in self.batch.sampled]
         if last:
             self.logits = self._head()(self._model.decoder.norm(torch.stack(last)))
-        self._hidden = self._rotary = None
+        self._hidden = self._rotary = self._node = None
 
     def _last_of(self, row: Packed) -> Tensor:
         """Hidden state [hidden] of the row's last token."""
@@ -154,8 +175,8 @@ class PassRun:
         )
 
 
-def rotary_tables(model: LoadedModel, hidden: Tensor, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the packed positions, each [1, tokens, rotary dim].
+def rotary_tables(model: LoadedModel, hidden: Tensor, batch: RaggedBatch) -> Rotary:
+    """Cosines and sines of the packed positions.
 
     `longrope` (Phi-3 with a 128k context) takes other frequencies for sequences beyond the original
     context: they depend on how long the *sequence* is, not the chunk, so each segment asks with its

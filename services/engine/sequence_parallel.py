@@ -1,12 +1,15 @@
 """One rank's part in the passes of a sequence that a group of workers computes together.
 
-A chunk's tokens are split over the ranks (`sp_shares.py`); each puts its own through transformers' modules. Only
-attention needs the others, and only there they exchange tensors, by one of two schemes (`ring.py`, `ulysses.py`).
-A token drawn goes through the modules of rank 0 alone; the others lend it their KV.
+A chunk's tokens are split over the ranks, which stand in a mesh of nodes and places (`sp_shares.py`). Two things need
+more than one's own tokens, and only there ranks exchange tensors. Attention: in a node by heads (`ulysses.py`, or
+`megatron.py` with the projections), between nodes round a ring (`ring.py`). And linear work, where a node's ranks split
+the weights rather than the tokens (`megatron.py`). Everything else transformers' modules do to the own tokens.
+A token drawn goes through the modules of rank 0 alone; the others lend it their KV (`shard_decode.py`).
 
 Every step begins with a message of rank 0 to each other rank, which also says whether the pass stops after it. Where
 rank 0 has more to send to each of them in the same step, what it says last counts: a stop asked for while it
-computed its attention takes effect one step sooner.
+computed its attention takes effect one step sooner. A rank that stands neither in rank 0's node nor at its place in
+another, and so exchanges no tensor with it, is told by a message of its own.
 """
 
 from __future__ import annotations
@@ -18,11 +21,13 @@ import torch
 from torch import Tensor
 
 from common.messages.groups import Announcement
-from common.policy.sp_shares import append_rank, owned_tokens
+from common.policy.sp_shares import HeadShare
 from services.engine.kv_cache import SequenceKv
 from services.engine.ring import ring_attention
+from services.engine.shard_decode import ask, lend
 from services.engine.shared_sequence import SharedSequence
 from services.engine.ulysses import ulysses_attention
+from services.engine.weight_shares import LayerShare
 
 
 class GroupPass:
@@ -31,7 +36,9 @@ class GroupPass:
     def __init__(self, shared: SharedSequence, start: int, tokens: int, stop_wanted: Callable[[], bool]) -> None:
         self.shared = shared
         self.link = shared.share.link
+        self.scheme, self.mesh = shared.share.scheme, shared.share.mesh
         self.rank, self.size = shared.share.rank, shared.share.size
+        self.node, self.place = self.mesh.node(self.rank), self.mesh.place(self.rank)
         self.start, self.tokens = start, tokens
         self.is_row = start >= shared.prompt_tokens
         """One token drawn, not a part of the prompt."""
@@ -43,6 +50,8 @@ class GroupPass:
         self._step = 0
         self._decided = False
         """Rank 0 has said its last word in this step."""
+
+    # --- who computes and keeps what ---
 
     @property
     def end(self) -> int:
@@ -57,23 +66,67 @@ class GroupPass:
     def own_tokens(self) -> int:
         return self.part(self.rank)
 
+    @property
+    def node_start(self) -> int:
+        """Position of the first token computed in this node."""
+        return self.start + self.bounds[self.mesh.rank(self.node, 0)]
+
+    @property
+    def node_tokens(self) -> int:
+        return self.tokens_of(self.node)
+
     def part(self, rank: int) -> int:
         """Tokens that this rank computes."""
         return self.bounds[rank + 1] - self.bounds[rank]
 
+    def tokens_of(self, node: int) -> int:
+        """Tokens that the ranks of this node compute."""
+        return self.bounds[self.mesh.rank(node + 1, 0)] - self.bounds[self.mesh.rank(node, 0)]
+
+    def in_node(self, rank: int) -> slice:
+        """Where this rank's tokens lie among its node's."""
+        first = self.bounds[self.mesh.rank(self.mesh.node(rank), 0)]
+        return slice(self.bounds[rank] - first, self.bounds[rank + 1] - first)
+
+    def past(self, node: int) -> int:
+        """Tokens before `start` whose KV this node keeps."""
+        return self.mesh.owned_tokens(self.start, node)
+
+    def kept(self, node: int) -> int:
+        """Tokens of this pass whose KV this node keeps."""
+        if self.is_row:
+            return int(self.mesh.append_node(self.start) == node)
+        return self.tokens_of(node)
+
+    def heads_of(self, rank: int) -> HeadShare:
+        """On which heads this rank attends, and keeps KV."""
+        return self.shared.heads[self.mesh.place(rank)]
+
+    @property
+    def splits_weights(self) -> bool:
+        """Whether the ranks of a node share out linear work, in one stage or both."""
+        stages = (self.scheme.attention, self.scheme.mlp)
+        return not self.is_row and self.mesh.per_node > 1 and "megatron" in stages
+
+    def weights(self, layer: int) -> LayerShare:
+        """This rank's share of a layer's, where they are split."""
+        assert self.shared.weights is not None
+        return self.shared.weights.of(self.mesh.per_node, self.place)[layer]
+
+    # --- the others: each list begins with the next one, so that not all ranks address the same at a time ---
+
     def others(self) -> list[int]:
-        """All other ranks, from the next one on, so that not all ranks address the same at a time."""
         return [(self.rank + distance) % self.size for distance in range(1, self.size)]
 
-    def past(self, rank: int) -> int:
-        """Tokens before `start` whose KV this rank keeps, where tokens are split."""
-        return owned_tokens(self.start, self.size, rank)
+    def mates(self) -> list[int]:
+        """Of this node."""
+        count = self.mesh.per_node
+        return [self.mesh.rank(self.node, (self.place + distance) % count) for distance in range(1, count)]
 
-    def kept(self, rank: int) -> int:
-        """Tokens of this pass whose KV this rank keeps, where tokens are split."""
-        if self.is_row:
-            return int(append_rank(self.start, self.size) == rank)
-        return self.part(rank)
+    def peers(self) -> list[int]:
+        """At the same place of the other nodes."""
+        count = self.mesh.nodes
+        return [self.mesh.rank((self.node + distance) % count, self.place) for distance in range(1, count)]
 
     # --- the pass, step by step ---
 
@@ -90,23 +143,51 @@ class GroupPass:
         """Computing thread, after the last step."""
         self.link.close_pass()
 
-    def attend(
-        self,
-        kv: SequenceKv,
-        layer: int,
-        query: Tensor,  # [1, query_heads, own tokens, head_dim]
-        key: Tensor,  # [1, kv_heads, own tokens, head_dim]
-        value: Tensor,  # [1, kv_heads, own tokens, head_dim]
-        scaling: float,
-    ) -> Tensor:
-        """Attention of the own tokens to the whole sequence so far, [1, query_heads, own tokens, head_dim]; the KV
-        that this rank keeps is in its cache afterwards. Raises: GroupBroken."""
+    def begin_step(self, layer: int) -> None:
         self._step = layer
         self._decided = False
         if self.rank == 0:
             self.stopping = self._stop_wanted()
-        scheme = ring_attention if self.shared.share.scheme.per_node == 1 else ulysses_attention
-        return scheme(self, kv, layer, query, key, value, scaling)
+
+    def end_step(self) -> None:
+        """Raises: GroupBroken."""
+        if self.node and self.place and not self.is_row:
+            self.stopping = self.link.receive(0, self._step)
+
+    def attend(
+        self,
+        kv: SequenceKv,
+        layer: int,
+        query: Tensor,  # [1, query heads, tokens, head_dim]
+        key: Tensor,  # [1, kv heads, tokens, head_dim]
+        value: Tensor,  # [1, kv heads, tokens, head_dim]
+        scaling: float,
+    ) -> Tensor:
+        """Attention to the whole sequence so far, of the shape of `query`: of the own tokens in all heads, or, where
+        the projections are split (`megatron.py`), of the node's tokens in the heads of this place. The KV that this
+        rank keeps is in its cache afterwards. Raises: GroupBroken."""
+        if self.is_row:
+            if self.rank == 0:
+                return ask(self, kv, layer, query, key, value, scaling)
+            lend(self, kv, layer, query, key, value, scaling)
+            return query
+        if self.mesh.per_node > 1 and self.scheme.attention == "ulysses":
+            attended = ulysses_attention(self, kv, layer, query, key, value, scaling)
+        else:
+            kv.write(layer, self.past(self.node), key[0], value[0])
+            attended = ring_attention(self, kv, layer, query, scaling)
+        if self.rank == 0:
+            self._tell_the_distant()
+        return attended
+
+    def attend_nothing(
+        self, kv: SequenceKv, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> None:
+        """`attend` where nothing is computed here, for others' sake. The tensors have no tokens, and all heads."""
+        if self.splits_weights and self.scheme.attention == "megatron":
+            heads = self.heads_of(self.rank)
+            query, key, value = query[:, slice(*heads.query)], key[:, slice(*heads.kv)], value[:, slice(*heads.kv)]
+        self.attend(kv, layer, query, key, value, scaling)
 
     def last_hidden(self, hidden: Tensor | None, layers: int, like: Tensor) -> Tensor | None:
         """After the last layer: bring the hidden state of the sequence's last token to rank 0, if this pass has it.
@@ -131,6 +212,13 @@ class GroupPass:
         if self.rank == 0 and not self._decided and all(self.part(rank) for rank in range(self.size)):
             self.stopping = self.stopping or self._stop_wanted()
         self._decided = True
+
+    def _tell_the_distant(self) -> None:
+        distant = [rank for rank in range(self.size) if self.mesh.node(rank) and self.mesh.place(rank)]
+        if distant:
+            self.decide()
+            for rank in distant:
+                self.send(rank, [])
 
     # --- tensors ---
 

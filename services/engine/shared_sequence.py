@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from common.messages.groups import Announcement
-from common.policy.sp_shares import HeadShare, chunk_bounds
+from common.policy.sp_shares import HeadShare
 from common.units import RequestId
 from services.engine.collectives import GroupBroken, GroupShare, OnCalled
+
+if TYPE_CHECKING:
+    from services.engine.weight_shares import WeightShares
 
 
 @dataclass(slots=True, eq=False)
@@ -19,7 +23,9 @@ class SharedSequence:
     kv_tokens: int
     """Prompt and new tokens, at most; of the whole sequence."""
     heads: tuple[HeadShare, ...] = ()
-    """Of all ranks; used where heads are split."""
+    """By place in a node."""
+    weights: WeightShares | None = None
+    """Of the model, for schemes that split weights."""
     passes: int = 0
     """Rank 0: passes begun or resumed."""
     called: Announcement | None = None
@@ -39,7 +45,7 @@ class SharedSequence:
         token drawn."""
         if start >= self.prompt_tokens:
             return (0, *[tokens] * self.share.size)
-        return chunk_bounds(start, tokens, self.share.size)
+        return self.share.mesh.bounds(start, tokens)
 
     def agreed(self, start: int, tokens: int, step: int) -> Announcement:
         """A pass of these tokens begins, or goes on from this step: what rank 0 announces, or has announced.

@@ -20,7 +20,7 @@ from common.messages.cluster import ExchangeCost, StepCost
 from common.messages.groups import Announcement
 from common.messages.requests import RequestSpec
 from common.model_files import model_name
-from common.policy.sp_shares import head_shares, reserved_tokens
+from common.policy.sp_shares import head_shares
 from common.settings import PrefillWorkerSettings
 from common.units import RequestId
 from services.engine.batch import HeldSequence, pack
@@ -35,6 +35,7 @@ from services.engine.model import LoadedModel, load_model
 from services.engine.prefill import PassRun
 from services.engine.sequence_parallel import GroupPass
 from services.engine.shared_sequence import SharedSequence
+from services.engine.weight_shares import WeightShares
 
 log = get_logger(__name__)
 
@@ -57,6 +58,7 @@ class TorchPrefillEngine:
     ) -> None:
         self._model = model
         self._store = KvStore(kv_shape(model), kv_capacity_tokens)
+        self._weights = WeightShares(model)
         self._sequences: dict[RequestId, HeldSequence] = {}
         self._running: PassRun | None = None
         self._stop_wanted = threading.Event()
@@ -99,17 +101,12 @@ class TorchPrefillEngine:
     def open_share(self, spec: RequestSpec, token_ids: Sequence[int], share: GroupShare, on_called: OnCalled) -> None:
         prompt = self._checked(spec, token_ids)
         name, kv_tokens, kv_heads = spec.request_id, len(prompt) + spec.max_tokens, self._model.kv_heads
-        heads = head_shares(self._model.query_heads, kv_heads, share.size)
-        mine = heads[share.rank]
-        if share.scheme.per_node not in (1, share.size) or "megatron" in (share.scheme.attention, share.scheme.mlp):
-            raise EngineError(f"groups compute by ring or by Ulysses, not by {share.scheme.name(share.size)}")
-        if share.scheme.per_node == 1:
-            kv = self._store.reserve(name, reserved_tokens(kv_tokens, share.size))
-        else:
-            charged = mine.reserved_tokens(kv_tokens, kv_heads)
-            kv = self._store.reserve(name, kv_tokens, kv_heads=mine.kv_heads, charged=charged)
+        heads = head_shares(self._model.query_heads, kv_heads, share.mesh.per_node)
+        mine, tokens = heads[share.mesh.place(share.rank)], share.mesh.reserved_tokens(kv_tokens)
+        charged = mine.reserved_tokens(tokens, kv_heads)
+        kv = self._store.reserve(name, tokens, kv_heads=mine.kv_heads, charged=charged)
         held = self._sequences[name] = HeldSequence(spec, prompt, kv, None)
-        held.shared = SharedSequence(share, len(prompt), kv_tokens, heads)
+        held.shared = SharedSequence(share, len(prompt), kv_tokens, heads, self._weights)
         held.shared.listen(name, on_called)
 
     def _checked(self, spec: RequestSpec, token_ids: Sequence[int]) -> list[int]:
@@ -141,6 +138,8 @@ class TorchPrefillEngine:
         for each, segment in shared:
             assert each.shared is not None
             group = GroupPass(each.shared, segment.start, segment.tokens, self._stop_wanted.is_set)
+        if group is not None and group.splits_weights and len(segments) > 1:
+            raise EngineError("a chunk whose linear work is split among ranks takes no other sequence into its pass")
         batch = pack(held, self._model.device, group)
         return await self._drive(PassRun(self._model, batch, background=background))
 

@@ -1,0 +1,76 @@
+"""Torch engines as the ranks of a group: one sequence served with random chunks and stops, and rank 0 observed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from common.messages.cluster import StepCost
+from common.units import RequestId
+from services.engine.interface import Segment
+from services.engine.model import LoadedModel
+from services.engine.prefill import PassRun
+from services.engine.torch_prefill import TorchPrefillEngine
+from tests.engine.group_world import Ranks, doors
+from tests.engine.models import VOCAB
+
+COST = StepCost(pass_s=0.001, token_s=0.0001, pair_s=0.0)
+CAPACITY = 2_000
+
+
+class Leads:
+    """Sees rank 0's steps, in the thread that runs them, and stops it there when told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.engine: TorchPrefillEngine | None = None
+        self.stop_after = 0
+        """Ask for a stop during the step with this number, counted from now; 0: never."""
+        self.logits: list[torch.Tensor] = []
+        """Of every token that rank 0 draws of a shared sequence."""
+        original = PassRun.step
+
+        def step(run: PassRun) -> None:
+            leads = run.group is not None and run.group.rank == 0
+            if leads:
+                self.stop_after -= 1
+                if self.stop_after == 0 and self.engine is not None:
+                    self.engine.stop()
+            original(run)
+            if leads and run.logits is not None:
+                shared = next(at for at, row in enumerate(run.batch.sampled) if row.group is not None)
+                self.logits.append(run.logits[shared].clone())
+
+        monkeypatch.setattr(PassRun, "step", step)
+
+
+def group_of(model: LoadedModel, size: int, kind: str = "tcp", *, silence_s: float = 5.0) -> Ranks:
+    engines = [TorchPrefillEngine(model, COST, kv_capacity_tokens=CAPACITY) for _ in range(size)]
+    return Ranks(engines, doors(kind, size, silence_s=silence_s))
+
+
+def random_prompt(rng: random.Random, tokens: int) -> list[int]:
+    return [rng.randrange(3, VOCAB) for _ in range(tokens)]
+
+
+async def generate(
+    group: Ranks, leads: Leads, rng: random.Random, name: str, prompt: Sequence[int], new_tokens: int, chunk_max: int
+) -> tuple[list[int], int]:
+    """Serve an open sequence in chunks of random size with random stops; its tokens, and how often it was stopped."""
+    leads.engine = group.leader  # type: ignore[assignment]
+    drawn: list[int] = []
+    computed = stops = 0
+    while len(drawn) < new_tokens:
+        left = len(prompt) - computed
+        tokens = rng.randint(1, min(left, chunk_max)) if left > 0 else 1
+        leads.stop_after = rng.choice([0, 1, 2, 3])
+        result = await group.run([Segment(RequestId(name), computed, tokens, tokens >= left)])
+        while not result.finished:
+            stops += 1
+            leads.stop_after = rng.choice([0, 0, 1])
+            result = await group.resume(name)
+        computed += tokens
+        drawn += [sampled.token_id for sampled in result.sampled]
+    return drawn, stops
