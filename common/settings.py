@@ -161,6 +161,10 @@ class PrefillWorkerSettings(WorkerSettings, frozen=True, kw_only=True):
     colocated_tokens_max: Annotated[Count, Meta(description="short tokens that share a step with a long's decode")] = (
         192
     )
+    long_itl_ms_max: Annotated[
+        Duration,
+        Meta(description="longest time from a long's token to the next; fewer short tokens share a step to keep it"),
+    ] = 250.0
     silence_s: Annotated[
         Duration, Meta(description="longest silence of another worker in a pass of a long that both compute")
     ] = 5.0

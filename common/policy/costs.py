@@ -41,7 +41,15 @@ def chunk_tokens(cost: StepCost, layers: int, past: int, *, step_s_max: float, t
     Solves `(pass_s + token_s·n + pair_s·n·(past + n/2)) / layers = step_s_max` for n: as the past grows, the chunk
     shrinks, and steps stay equal in time.
     """
-    budget_s = step_s_max * layers - cost.pass_s
+    tokens = tokens_within(cost, step_s_max * layers - cost.pass_s, past, tokens_max)
+    if tokens >= CHUNK_GRAIN_TOKENS:
+        return tokens - tokens % CHUNK_GRAIN_TOKENS
+    return min(CHUNK_GRAIN_TOKENS, tokens_max)
+
+
+def tokens_within(cost: StepCost, budget_s: float, past: int, tokens_max: int) -> int:
+    """Of how many new tokens, with `past` tokens before them, the linear layers and the attention take no longer than
+    `budget_s`; 0 … `tokens_max`."""
     linear = cost.token_s + cost.pair_s * past
     if cost.pair_s > 0:
         fit = (math.sqrt(linear * linear + 2 * cost.pair_s * max(budget_s, 0.0)) - linear) / cost.pair_s
@@ -49,10 +57,12 @@ def chunk_tokens(cost: StepCost, layers: int, past: int, *, step_s_max: float, t
         fit = max(budget_s, 0.0) / linear
     else:
         fit = float(tokens_max)
-    tokens = min(int(fit), tokens_max)
-    if tokens >= CHUNK_GRAIN_TOKENS:
-        return tokens - tokens % CHUNK_GRAIN_TOKENS
-    return min(CHUNK_GRAIN_TOKENS, tokens_max)
+    return min(int(fit), tokens_max)
+
+
+def row_s(cost: StepCost, past: int, size: int = 1) -> float:
+    """Seconds that the row of one drawn token adds to a pass, on one worker of a group of `size`."""
+    return cost.token_s + cost.pair_s * past / size
 
 
 @lru_cache(maxsize=4096)

@@ -303,6 +303,8 @@ class PrefillBooks:
             raise InvariantViolated(f"{self.running} has a request that is gone")
         if sum(isinstance(job, LongJob) and job.is_shared for job in held) > 1:
             raise InvariantViolated(f"{self.running} has more than one shared sequence")
+        if self.running.stopping and self.running.kind != "chunk":
+            raise InvariantViolated(f"{self.running} is stopped, and with it whoever shares it")
 
     def _require(self, holds: bool, job: Job, what: str) -> None:
         if not holds:

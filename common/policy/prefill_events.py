@@ -50,7 +50,9 @@ class PrefillWorkerConfig(Record, frozen=True, kw_only=True):
     batch_tokens_max: int = 512
     """Tokens of shorts prefilled in one pass."""
     colocated_tokens_max: int = 192
-    """Tokens of shorts that share a pass with decoding longs."""
+    """Tokens of shorts that share a pass with decoding longs, at most."""
+    long_itl_s_max: float = 0.25
+    """Fewer share it where a decoding long's next token would come later than this."""
     rows_max: int = 64
     """Segments in one pass."""
     requests_max: int = 4_096
@@ -187,10 +189,19 @@ class GroupCalled(Record, frozen=True, kw_only=True):
 
 
 class GroupLost(Record, frozen=True, kw_only=True):
-    """Rank 0 of a group is gone: it will not call this worker again."""
+    """A rank of a group is gone, seen while no pass of the group ran here."""
 
     request_id: RequestId
     attempt: Attempt
+    reason: str
+
+
+class BrokeOff(Record, frozen=True, kw_only=True):
+    """The group of a shared sequence broke in a pass that had others in it too, and that went on without it. Told
+    before the pass's own end."""
+
+    pass_id: int
+    request_id: RequestId
     reason: str
 
 
@@ -249,6 +260,7 @@ PrefillLocalEvent = (
     | OpenFailed
     | GroupCalled
     | GroupLost
+    | BrokeOff
     | PassFinished
     | PassStopped
     | PassFailed

@@ -6,8 +6,8 @@ In order:
 2. A long that its coordinator lets run holds back every short, except, before its first step, those that came
    before it. It continues in the very pass where it was stopped, otherwise with its next chunk.
 3. What decodes here takes part in every pass of shorts with one row each, so that weights are read once for both and
-   the tokens keep coming. Where a long decodes, of the shorts' tokens only `colocated_tokens_max`. While another long
-   prefills, its chunks and the rows alternate.
+   the tokens keep coming. Where a long decodes, of the shorts' tokens only as many as keep its inter-token latency
+   (`colocation.py`). While another long prefills, its chunks and the rows alternate.
 4. An *exclusive* short shares no pass with a long's decode: its passes run without rows, one decode step at least
    between two such shorts (or packs of them).
 5. Otherwise shorts, first come first served, packed into one ragged batch of `batch_tokens_max`; one that is longer
@@ -15,8 +15,8 @@ In order:
 
 Of shared longs (see `prefill_jobs.py`) a pass has one at most, since all ranks must take them in the same order. A
 follower's chunk or row is there when rank 0 has called it, and then stands where one of its own would; between two
-chunks it holds back shorts all the same, and between two rows it takes of shorts only `colocated_tokens_max`, since
-rank 0 waits for it.
+chunks it holds back shorts all the same, and between two rows it takes of shorts no more than beside a row, since rank
+0 waits for it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Literal
 
 from common.messages.cluster import StepCost
 from common.policy import costs
+from common.policy.colocation import tokens_beside
 from common.policy.prefill_events import PassSegment, PrefillWorkerConfig
 from common.policy.prefill_jobs import LongJob, LongState, ShortJob, ShortState
 
@@ -63,9 +64,9 @@ def next_pass(
         packed = pack(alone[:rows_left], config.batch_tokens_max, split_any=False)
         return PassPlan(kind="shorts", segments=packed)
     if rows:
-        return _decode(config, rows, [] if long is not None else ready[:rows_left], long_decodes=bool(decoding))
+        return _decode(config, rows, [] if long is not None else ready[:rows_left], decoding)
     if ready and long is None:
-        return _shorts(config, ready[: config.rows_max], long_decodes=bool(decoding))
+        return _shorts(config, ready[: config.rows_max], decoding)
     return None
 
 
@@ -88,27 +89,54 @@ def _alone(ready: Sequence[ShortJob], last_kind: PassKind | None) -> list[ShortJ
     return list(takewhile(lambda short: short.exclusive, ready))
 
 
-def _shorts(config: PrefillWorkerConfig, ready: Sequence[ShortJob], *, long_decodes: bool) -> PassPlan:
+def _shorts(config: PrefillWorkerConfig, ready: Sequence[ShortJob], decoding: Sequence[LongJob]) -> PassPlan:
     """Shorts and nothing else, though rank 0 may call for the row of a long that decodes here."""
     room, split_any = config.batch_tokens_max, False
-    if long_decodes and not ready[0].exclusive:
-        room, split_any = config.colocated_tokens_max, True
+    if decoding and not ready[0].exclusive:
+        room, split_any = _room(config, [], ready, decoding), True
         ready = list(takewhile(lambda short: not short.exclusive, ready))
     return PassPlan(kind="shorts", segments=pack(ready, room, split_any=split_any))
 
 
 def _decode(
-    config: PrefillWorkerConfig, rows: list[ShortJob | LongJob], ready: Sequence[ShortJob], *, long_decodes: bool
+    config: PrefillWorkerConfig,
+    rows: list[ShortJob | LongJob],
+    ready: Sequence[ShortJob],
+    decoding: Sequence[LongJob],
 ) -> PassPlan:
     """One token for everything that decodes, and what shorts may share that step."""
     room = config.batch_tokens_max
-    if long_decodes:
-        room = config.colocated_tokens_max
+    if decoding:
+        room = _room(config, rows, ready, decoding)
         ready = list(takewhile(lambda short: not short.exclusive, ready))
     # Fewest tokens first: more rows than the engine takes (never seen) would take turns. Rank 0 waits for no turn.
     rows.sort(key=lambda row: (not (isinstance(row, LongJob) and row.is_shared), row.generated))
     segments = tuple(_row(row) for row in rows[: config.rows_max])
-    return PassPlan(kind="decode", segments=segments + pack(ready, room, split_any=long_decodes))
+    return PassPlan(kind="decode", segments=segments + pack(ready, room, split_any=bool(decoding)))
+
+
+def _room(
+    config: PrefillWorkerConfig,
+    rows: Sequence[ShortJob | LongJob],
+    ready: Sequence[ShortJob],
+    decoding: Sequence[LongJob],
+) -> int:
+    """Tokens of shorts in a pass with these rows where these longs decode."""
+    if not ready:
+        return 0
+    sizes = [long.size for long in decoding if long.is_shared]
+    return tokens_beside(
+        config.step_cost,
+        sum(_row_s(config.step_cost, row) for row in rows),
+        itl_s_max=config.long_itl_s_max,
+        passes=max(1, len(sizes)) * max(sizes, default=1),
+        past=ready[0].prefilled,
+        tokens_max=config.colocated_tokens_max,
+    )
+
+
+def _row_s(cost: StepCost, row: ShortJob | LongJob) -> float:
+    return costs.row_s(cost, row.next_position, row.size if isinstance(row, LongJob) else 1)
 
 
 def running_long(longs: Sequence[LongJob], ready: Sequence[ShortJob]) -> LongJob | None:

@@ -7,7 +7,8 @@ Rules, beside those of `prefill_passes.py` (which pass is next) and `prefill_job
 - A short's KV streams to its decode worker while it is computed and is freed here when the handoff ended, well or
   badly. A request whose first token is its last has no handoff, nor has one that decodes here: its KV is reserved
   whole, and it says what a decode worker would say (`DecodeStarted`, `DecodeFinished` or `DecodeFailed`).
-- A failed pass ends the requests in it and nothing else.
+- A failed pass ends the requests in it and nothing else. If only the group of a shared sequence in it broke, the others
+  in it are computed all the same.
 - A follower of a group stops when rank 0 does, in the very step; being told to pause, it waits for that and says where
   it stands. Its share of a pass ends with the others': to drop it meanwhile, the group is broken.
 - Every short ends with exactly one `KvReleased`, its last message; every long with `SegmentFinished`,
@@ -27,6 +28,7 @@ from common.messages.sp import DropSegment, LoadSegment, PauseSegment, RunSegmen
 from common.policy.core import InvariantViolated, TimePassed
 from common.policy.prefill_books import PrefillBooks, RunningPass
 from common.policy.prefill_events import (
+    BrokeOff,
     GroupCalled,
     GroupLost,
     HandoffFailed,
@@ -78,6 +80,8 @@ class PrefillWorkerCore:
                 self._called(event)
             case GroupLost():
                 self._lost(event)
+            case BrokeOff():
+                self._broke_off(event)
             case PassFinished():
                 self._pass_finished(event)
             case PassStopped():
@@ -256,6 +260,11 @@ class PrefillWorkerCore:
         held = self.books.jobs.get(event.request_id)
         if isinstance(held, LongJob) and held.attempt == event.attempt and not self.books.in_pass(held):
             self.books.end(held, Verdict("failed", event.reason))  # one in a pass ends with that
+
+    def _broke_off(self, event: BrokeOff) -> None:
+        running = self._take_running(event.pass_id)
+        running.segments = tuple(part for part in running.segments if part.request_id != event.request_id)
+        self.books.end(self.books.jobs[event.request_id], Verdict("failed", event.reason))
 
     def _open_failed(self, event: OpenFailed) -> None:
         job = self.books.held(event.request_id, event.attempt)

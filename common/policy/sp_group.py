@@ -11,7 +11,7 @@ The rules, in sentences:
 - Rank 0 ends the prefill, since it draws the first token, and ends the request, since it draws the last: whatever the
   followers have said by then. They are then told to drop their share, which is their normal end.
 - A group that decodes is dissolved from rank 0 on: the others are told when it has dropped its share, or has not
-  answered for `LEADER_FIRST_S`. Else the pass that rank 0 is in would break, and with it the shorts that share it.
+  answered for `LEADER_FIRST_S`. Else the pass that rank 0 is in would break, and what shares it begin a step anew.
 - The scheduler's last wish counts. A pause asked while the group forms or resumes, a resume asked while it
   pauses, are remembered and take effect at the first moment they can; an order overtaken by its opposite
   before it took effect is void. A pause that meets the end of the prefill is void too: `GroupPrefillFinished`

@@ -60,8 +60,9 @@ class GroupLink(Protocol):
         ...
 
     def on_lost(self, callback: Callable[[str], None]) -> None:
-        """Loop thread, follower: whom to tell, once, that rank 0 is gone, with the reason, if that shows while no pass
-        runs here. (In a pass it raises; and what this rank broke or closed itself is told to nobody.)"""
+        """Loop thread: whom to tell, once, that another rank is gone, with the reason, if that shows while no pass runs
+        here and `on_call` has been called. (In a pass it raises; and what this rank broke or closed itself is told to
+        nobody.)"""
         ...
 
     def begin(self) -> None:
@@ -116,7 +117,7 @@ class GroupLinks(Protocol):
 
     async def join(self, key: GroupKey, rank: int, addresses: Sequence[str]) -> GroupLink:
         """Connect to every other rank of the group, of which `addresses` are the doors in rank order; all must join
-        within `join_s` of each other. Raises: GroupBroken."""
+        within `join_s` of each other. Raises: GroupBroken, at once if nobody answers at one of the doors (any more)."""
         ...
 
     async def close(self) -> None:

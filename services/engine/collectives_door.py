@@ -6,15 +6,21 @@
            ◀───────────────────────────── Joined ────
            ── Present ───────────────────────────────▶   so that nobody counts who has given up meanwhile
 
-The order to join reaches the ranks at different times, so a caller may come before its group is known here.
+    rank i                               door of rank j > i
+           ── connect, handshake, Attend ────────────▶   held open until rank i hangs up
+
+The order to join reaches the ranks at different times, so a caller may come before its group is known here. The
+second connection carries nothing: by its end a rank that waits to be called learns that the caller is gone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from common.logs import get_logger
 from common.messages.base import Message
@@ -53,6 +59,10 @@ class Joined(Message, frozen=True, kw_only=True):
 
 
 class Present(Message, frozen=True, kw_only=True):
+    pass
+
+
+class Attend(Message, frozen=True, kw_only=True):
     pass
 
 
@@ -105,18 +115,25 @@ class TcpGroupLinks:
         gathering.rank, gathering.size = rank, size
         gathering.known.set()
         calls = [asyncio.create_task(self._call(key, rank, size, at, addresses[at])) for at in range(rank)]
+        higher = range(rank + 1, size)
+        meeting = asyncio.create_task(self._all_met(calls, gathering, higher))
+        watches = [asyncio.create_task(self._watch(at, addresses[at])) for at in higher]
         try:
             async with asyncio.timeout(self._join_s):
-                called = dict(enumerate(await asyncio.gather(*calls)))
-                await self._arrivals(gathering, range(rank + 1, size))
+                await asyncio.wait([meeting, *watches], return_when=asyncio.FIRST_COMPLETED)
+            ended = [task for task in (meeting, *watches) if task.done()]
+            ended[0].result()
+            await _end(watches)  # from here to the return nothing is awaited: nobody can cancel, and lose the link
         except (TimeoutError, ConnectionBroken) as error:
             reason = str(error) or f"not all ranks came within {self._join_s} s"
             raise GroupBroken(f"rank {rank} could not join {key.request_id}/{key.attempt}: {reason}") from error
         else:
+            called = {at: call.result() for at, call in enumerate(calls)}
             sockets = {at: channel.release() for at, channel in (called | gathering.arrived).items()}
             gathering.arrived.clear()
             return TcpGroupLink(rank, sockets, silence_s=self._silence_s)
         finally:
+            await _end([meeting, *watches])
             await _hang_up(calls)
             gathering.over = True
             gathering.known.set()
@@ -150,12 +167,27 @@ class TcpGroupLinks:
             raise
         return channel
 
-    # --- from higher ranks ---
+    async def _watch(self, at: int, address: str) -> None:
+        """As long as somebody is there. Raises: ConnectionBroken."""
+        try:
+            channel = await dial(address, self._silence_s)
+            try:
+                await greet(channel, self._secret)
+                await channel.send(Attend())
+                await channel.receive(Attend, patience_s=None, bytes_max=HELLO_BYTES_MAX)
+            finally:
+                channel.close()
+        except ConnectionBroken as error:
+            raise ConnectionBroken(f"rank {at} at {address}: {error}") from error
 
-    async def _arrivals(self, gathering: _Gathering, ranks: range) -> None:
+    async def _all_met(self, calls: Sequence[asyncio.Task[Channel]], gathering: _Gathering, ranks: range) -> None:
+        """Raises: ConnectionBroken."""
+        await asyncio.gather(*calls)
         while not all(rank in gathering.arrived for rank in ranks):
             gathering.changed.clear()
             await gathering.changed.wait()
+
+    # --- from higher ranks ---
 
     async def _answer_the_door(self) -> None:
         async for sock, peer in connections(self._listener, "group", lambda: CONNECTIONS_MAX - self._connections):
@@ -166,14 +198,24 @@ class TcpGroupLinks:
         handed_over = False
         try:
             await admit(channel, self._secret)
-            order: JoinGroup = await channel.receive(JoinGroup, patience_s=self._silence_s, bytes_max=HELLO_BYTES_MAX)
-            handed_over = await self._bring_together(order, channel)
+            order: JoinGroup | Attend = await channel.receive(
+                JoinGroup | Attend, patience_s=self._silence_s, bytes_max=HELLO_BYTES_MAX
+            )
+            if isinstance(order, Attend):
+                await self._attend(channel)
+            else:
+                handed_over = await self._bring_together(order, channel)
         except (ConnectionBroken, TimeoutError) as error:
             log.info("a rank did not reach its group", peer=peer, reason=str(error) or "nobody joined it here")
         finally:
             self._connections -= 1
             if not handed_over:
                 channel.close()
+
+    async def _attend(self, channel: Channel) -> None:
+        """Be there, until nobody watches any more; for longer than anybody joins."""
+        with contextlib.suppress(ConnectionBroken):
+            await channel.receive(Attend, patience_s=2 * self._join_s, bytes_max=HELLO_BYTES_MAX)
 
     async def _bring_together(self, order: JoinGroup, channel: Channel) -> bool:
         """Whether the channel is the group's now. Raises: ConnectionBroken, TimeoutError."""
@@ -197,12 +239,20 @@ class TcpGroupLinks:
         return True
 
 
+async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel them, and wait for that, if it takes any time; what they raised is nobody's."""
+    for task in tasks:
+        task.cancel()
+    if running := [task for task in tasks if not task.done()]:
+        await asyncio.wait(running)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()
+
+
 async def _hang_up(calls: Sequence[asyncio.Task[Channel]]) -> None:
     """End the calls of a group that did not come together; does nothing to one that did, whose sockets are released."""
-    for call in calls:
-        call.cancel()
-    if calls:
-        await asyncio.wait(calls)
+    await _end(calls)
     for call in calls:
         if not call.cancelled() and call.exception() is None:
             call.result().close()

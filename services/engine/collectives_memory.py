@@ -66,8 +66,9 @@ class _Group:
 class MemoryGroupLink:
     """A `GroupLink` of a `MemoryGroupHub`."""
 
-    def __init__(self, group: _Group, rank: int, silence_s: float) -> None:
+    def __init__(self, group: _Group, rank: int, silence_s: float, is_silenced: Callable[[], bool]) -> None:
         self.rank = rank
+        self._is_silenced = is_silenced
         self._group = group
         self._silence_s = silence_s
         self._loop = asyncio.get_running_loop()
@@ -120,10 +121,10 @@ class MemoryGroupLink:
 
     def _hear(self) -> None:
         self._stirred.set()
-        if not self._idle or self._callback is None or self.rank == 0:
+        if not self._idle or self._callback is None:
             return
         with self._group.changed:
-            lane = self._group.lanes[0, self.rank]
+            lane = self._group.lanes.get((0, self.rank), deque())
             call = lane[0].call if lane and self._group.why_broken is None else None
             if call is not None:
                 lane.popleft()
@@ -179,6 +180,7 @@ class MemoryGroupLink:
 
     def _require_whole(self) -> None:
         if self._group.why_broken is not None:
+            self._lost = None  # whoever is told by an exception need not be told again
             raise GroupBroken(f"the group is broken: {self._group.why_broken}")
 
     def _open(self, announcement: Announcement) -> Iterator[int]:
@@ -197,6 +199,8 @@ class MemoryGroupLink:
 
     def _post(self, rank: int, message: _Message) -> None:
         self._require_whole()
+        if self._is_silenced():
+            return
         with self._group.changed:
             self._group.lanes[self.rank, rank].append(message)
             self._group.changed.notify_all()
@@ -233,10 +237,15 @@ class MemoryGroupLink:
 class _Meeting:
     """The ranks of a group that have come so far."""
 
-    size: int
+    addresses: tuple[str, ...]
     doors: dict[int, MemoryGroupLinks] = field(default_factory=dict)
-    complete: asyncio.Event = field(default_factory=asyncio.Event)
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    """Complete, or never to be."""
     group: _Group | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.addresses)
 
 
 class MemoryGroupLinks:
@@ -250,29 +259,32 @@ class MemoryGroupLinks:
 
     async def join(self, key: GroupKey, rank: int, addresses: Sequence[str]) -> MemoryGroupLink:
         name = f"rank {rank} could not join {key.request_id}/{key.attempt}"
-        meeting = self._hub.meetings.setdefault(key, _Meeting(len(addresses)))
+        if gone := self._hub.gone.intersection(addresses):
+            raise GroupBroken(f"{name}: nobody answers at {', '.join(sorted(gone))}")
+        meeting = self._hub.meetings.setdefault(key, _Meeting(tuple(addresses)))
         if meeting.size != len(addresses) or not 0 <= rank < meeting.size or rank in meeting.doors:
             raise GroupBroken(f"{name}: it does not fit, or comes twice")
         meeting.doors[rank] = self
         if len(meeting.doors) == meeting.size:
             meeting.group = _Group(meeting.size)
             for at, door in sorted(meeting.doors.items()):
-                self._hub.remember(door.address, MemoryGroupLink(meeting.group, at, door.silence_s))
-            meeting.complete.set()
+                self._hub.connect(meeting.group, at, door)
+            meeting.over.set()
         try:
             async with asyncio.timeout(self._join_s):
-                await meeting.complete.wait()
+                await meeting.over.wait()
         except TimeoutError:
             raise GroupBroken(f"{name}: not all ranks came within {self._join_s} s") from None
         finally:
             meeting.doors.pop(rank, None)
             if not meeting.doors and self._hub.meetings.get(key) is meeting:
                 del self._hub.meetings[key]
-        assert meeting.group is not None  # complete
+        if meeting.group is None:
+            raise GroupBroken(f"{name}: a worker is gone")
         return meeting.group.links[rank]
 
     async def close(self) -> None:
-        return
+        self._hub.shut(self.address)
 
 
 @dataclass(slots=True, eq=False)
@@ -280,6 +292,10 @@ class MemoryGroupHub:
     """The network that the doors of one process share; all of one event loop."""
 
     meetings: dict[GroupKey, _Meeting] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
+    """Doors at which nobody answers any more."""
+    silenced: set[str] = field(default_factory=set)
+    """Doors whose workers hang: nothing that they send arrives."""
     _links: dict[str, list[MemoryGroupLink]] = field(default_factory=dict)
     _ports: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
@@ -287,10 +303,21 @@ class MemoryGroupHub:
         """A factory of doors of this hub."""
         return lambda: MemoryGroupLinks(self, f"memory-group:{next(self._ports)}", silence_s, join_s)
 
-    def remember(self, address: str, link: MemoryGroupLink) -> None:
+    def connect(self, group: _Group, rank: int, door: MemoryGroupLinks) -> None:
+        """Make this worker a rank of the group."""
+        address = door.address
+        link = MemoryGroupLink(group, rank, door.silence_s, lambda: address in self.silenced)
         self._links.setdefault(address, []).append(link)
 
     def sever(self, address: str) -> None:
         """The worker at this address is gone, and with it its groups."""
+        self.shut(address)
         for link in self._links.pop(address, []):
             link.abort()
+
+    def shut(self, address: str) -> None:
+        """Nobody answers at this door any more: who waits there for a group waits no longer."""
+        self.gone.add(address)
+        for meeting in self.meetings.values():
+            if address in meeting.addresses:
+                meeting.over.set()

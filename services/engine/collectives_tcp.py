@@ -2,7 +2,8 @@
 
 Every message is a fixed header and its payload, sent from and received into the tensors' own memory. The sockets
 never block: while the computing thread waits for one rank it goes on sending to all. They change hands: the event
-loop reads rank 0's call, to the last byte of it and no further, and leaves what follows to the computing thread.
+loop reads rank 0's call, to the last byte of it and no further, and leaves what follows to the computing thread. Of
+the others' connections it sees only that they end.
 
 A rank that gives up shuts its sockets down. So whoever waits for it sees the end of the stream at once, gives up in
 its turn, and all who wait for each other are free within milliseconds. Who is merely silent is given up after
@@ -18,6 +19,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from common.messages.groups import Announcement
 from common.runtime.wire import WireError, decode_record, encode_record
@@ -65,7 +67,9 @@ class TcpGroupLink:
         self._pass_no = 0
         self._why_broken: str | None = None
         self._breaking = threading.Lock()
-        self._closed = self._listening = self._in_pass = False
+        self._closed = self._in_pass = False
+        self._watched: set[int] = set()
+        """Ranks whose connections the event loop watches."""
         self._callback: Callable[[Announcement], None] | None = None
         self._lost: Callable[[str], None] | None = None
         self._call = bytearray()
@@ -108,29 +112,52 @@ class TcpGroupLink:
             peer.sock.close()
 
     def _listen(self) -> None:
-        if self.rank > 0 and self._callback is not None and not self._listening and not self._closed:
-            self._loop.add_reader(self._peers[0].sock, self._hear)
-            self._listening = True
+        if self._callback is None or self._closed:
+            return
+        for rank in self._peers.keys() - self._watched:
+            heard = self._hear if rank == 0 else partial(self._sense, rank)
+            self._loop.add_reader(self._peers[rank].sock, heard)
+            self._watched.add(rank)
 
-    def _deafen(self) -> None:
-        if self._listening:
-            self._loop.remove_reader(self._peers[0].sock)
-            self._listening = False
+    def _deafen(self, *ranks: int) -> None:
+        """To these ranks; without any, to all."""
+        for rank in self._watched.intersection(ranks) if ranks else tuple(self._watched):
+            self._loop.remove_reader(self._peers[rank].sock)
+            self._watched.discard(rank)
 
     def _hear(self) -> None:
         """Rank 0's socket is readable: take in its call, and not a byte more."""
         try:
             announcement = self._hear_call()
         except (GroupBroken, OSError, WireError) as error:
-            told = self._why_broken is not None
-            self._break(f"rank 0: {error}")
-            self._deafen()
-            if self._lost is not None and not told:
-                self._lost(f"rank 0: {error}")
+            self._lose(f"rank 0: {error}")
             return
         if announcement is not None and self._callback is not None:
-            self._deafen()
+            self._deafen(0)
             self._callback(announcement)
+
+    def _sense(self, rank: int) -> None:
+        """A socket on which nothing is due while no pass runs here is readable: that rank is gone, or it is in the next
+        pass already; then rank 0, which is in it too, sees it go."""
+        try:
+            data = self._peers[rank].sock.recv(1, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._lose(f"rank {rank}: connection lost: {error}")
+            return
+        if data:
+            self._deafen(rank)
+        else:
+            self._lose(f"rank {rank}: connection closed")
+
+    def _lose(self, reason: str) -> None:
+        """While no pass runs here."""
+        told = self._why_broken is not None
+        self._break(reason)
+        self._deafen()
+        if self._lost is not None and not told:
+            self._lost(reason)
 
     def _hear_call(self) -> Announcement | None:
         """None: not all of it has come. Raises: GroupBroken, OSError, WireError."""

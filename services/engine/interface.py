@@ -86,6 +86,14 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True)
+class BrokenOff:
+    """A shared sequence whose group broke in a pass that had others in it too."""
+
+    request_id: RequestId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class PassResult:
     finished: bool
     """False: stopped between two steps; `resume` continues it."""
@@ -97,6 +105,8 @@ class PassResult:
     """Time spent computing in this call."""
     last_layer_computed_s: float
     """Monotonic clock at the end of the last step run."""
+    broken_off: BrokenOff | None = None
+    """The pass went on without this sequence: nothing of it was drawn, and nothing can be computed of it any more."""
 
 
 class PrefillEngine(Protocol):
@@ -127,7 +137,8 @@ class PrefillEngine(Protocol):
         segment with `sample` false when `on_called` says so; it draws nothing and need not know what was drawn. At
         most one shared sequence may be in a pass. `stop` is rank 0's alone: all ranks then stop after the same step;
         on a follower it does nothing to a pass with a shared sequence. If the group breaks, `run` and `resume` raise
-        GroupBroken, an EngineError. Raises: KvFull, EngineError (as `open`; the link is then still the caller's)."""
+        GroupBroken, an EngineError; where other sequences are in the pass, it goes on with these, to its end, and says
+        so (`PassResult.broken_off`). Raises: KvFull, EngineError (as `open`; the link is then still the caller's)."""
         ...
 
     async def run(self, segments: Sequence[Segment], *, background: bool = False) -> PassResult:

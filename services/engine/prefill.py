@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from services.engine.batch import HeldSequence, Packed, RaggedBatch, node_batch
+from services.engine.collectives import GroupBroken
 from services.engine.interface import EngineError, LayerKv, Sampled
 from services.engine.megatron import Placed, Rotary, compute_layer
 from services.engine.model import LoadedModel
@@ -51,7 +52,21 @@ class PassRun:
         """Run the next layer. Must be called in `torch.inference_mode`."""
         if self.finished:
             raise EngineError("the pass is finished")
-        group = self.group
+        before = self._hidden
+        try:
+            self._run_layer(self.group)
+        except GroupBroken:
+            self._hidden = before  # whoever goes on without the group begins the step anew
+            raise
+        self.steps_done += 1
+        for row in self.batch.rows:
+            row.sequence.layer_tokens += row.tokens
+        if self.steps_done == self._model.layers:
+            self._conclude()
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+
+    def _run_layer(self, group: GroupPass | None) -> None:
         if group is not None:
             group.begin_step(self.steps_done)
         if self.batch.tokens or (group is not None and group.splits_weights):
@@ -60,13 +75,6 @@ class PassRun:
             self._lend()
         if group is not None:
             group.end_step()
-        self.steps_done += 1
-        for row in self.batch.rows:
-            row.sequence.layer_tokens += row.tokens
-        if self.steps_done == self._model.layers:
-            self._conclude()
-        if self._model.device.type == "cuda":
-            torch.cuda.synchronize(self._model.device)
 
     def _compute_layer(self) -> None:
         decoder, group = self._model.decoder, self.group
@@ -135,6 +143,23 @@ class PassRun:
             cos, sin = self._rotary
             self._hidden = self._hidden[:, kept]
             self._rotary = (cos[:, kept], sin[:, kept])
+
+    def leave_group(self) -> bool:
+        """The group of the shared sequence broke, maybe in the middle of a step: on without it. False: there is nothing
+        else in the pass.
+
+        The step is begun anew: what it read is kept until it is done, and KV is written where it was before."""
+        shared = self.batch.shared
+        assert shared is not None
+        if len(self.batch.rows) == 1:
+            return False
+        others = [at for at, row in enumerate(self.batch.sampled) if row is not shared]
+        self.drop(shared.sequence)
+        if self.finished and self._hidden is not None:
+            self._conclude()
+        elif self.logits is not None:
+            self.logits = self.logits[others] if others else None
+        return True
 
     def release(self) -> None:
         """Let go of the sequences: another pass may take them."""

@@ -23,8 +23,9 @@ from common.messages.requests import RequestSpec
 from common.policy.sp_shares import reserved_tokens
 from common.settings import DecodeWorkerSettings, PrefillWorkerSettings
 from common.units import RequestId, TokenId
-from services.engine.collectives import GroupShare, OnCalled
+from services.engine.collectives import GroupBroken, GroupShare, OnCalled
 from services.engine.interface import (
+    BrokenOff,
     EngineError,
     EngineProfile,
     KvFull,
@@ -196,22 +197,38 @@ class TimedPrefillEngine:
     # --- inside ---
 
     async def _advance(self, work: _Pass) -> PassResult:
-        begun_s = now_s()
+        begun_s, broken_off = now_s(), None
         self._running, self._stop_asked = work, False
         try:
-            async with self._in_step(work):
+            try:
+                async with self._in_step(work):
+                    stopped = await self._steps(work)
+            except GroupBroken as error:
+                broken_off = self._leave_group(work, error)
+                if broken_off is None:
+                    raise
                 stopped = await self._steps(work)
             if stopped:
-                return self._stop_here(work, begun_s)
+                return self._stop_here(work, begun_s, broken_off)
             return PassResult(
                 finished=True,
                 steps_done=work.steps_done,
                 sampled=self._finish(work),
                 compute_s=now_s() - begun_s,
                 last_layer_computed_s=now_s(),
+                broken_off=broken_off,
             )
         finally:
             self._running = None
+
+    def _leave_group(self, work: _Pass, error: GroupBroken) -> BrokenOff | None:
+        """The shared sequence leaves the pass. None: there is nothing else in it."""
+        shared = next(s.request_id for s in work.segments if self._sequences[s.request_id].group is not None)
+        if len(work.segments) == 1:
+            return None
+        work.segments = [segment for segment in work.segments if segment.request_id != shared]
+        work.group, work.step_s = None, self._pass_s(work.segments) / self.shape.layers
+        return BrokenOff(shared, str(error))
 
     def _in_step(self, work: _Pass) -> AbstractAsyncContextManager[None]:
         """With the other ranks, if it has a shared sequence."""
@@ -230,15 +247,15 @@ class TimedPrefillEngine:
             await sleep_until(at_s)
             if work.fails and work.steps_done >= self.shape.layers // 2:
                 raise EngineError("failed as it was told to")
-            self._emit_layer(work, work.steps_done)
             if work.group is not None:
                 await work.group.end_step(work.steps_done)
+            self._emit_layer(work, work.steps_done)
             work.steps_done += 1
             if (self._stop_asked if work.group is None else stop) and work.steps_done < self.shape.layers:
                 return True
         return False
 
-    def _stop_here(self, work: _Pass, begun_s: float) -> PassResult:
+    def _stop_here(self, work: _Pass, begun_s: float, broken_off: BrokenOff | None) -> PassResult:
         self.stops += 1
         self._stopped.append(work)
         ended_s = now_s()
@@ -248,6 +265,7 @@ class TimedPrefillEngine:
             sampled=(),
             compute_s=ended_s - begun_s,
             last_layer_computed_s=ended_s,
+            broken_off=broken_off,
         )
 
     def _emit_layer(self, work: _Pass, layer: int) -> None:

@@ -29,7 +29,16 @@ from services.engine.calibrate_exchange import measure_exchange_cost
 from services.engine.collectives import GroupBroken, GroupShare, OnCalled
 from services.engine.compute_thread import compute_thread
 from services.engine.convert import ensure_model
-from services.engine.interface import EngineError, EngineProfile, KvSink, LayerKv, PassResult, PrefillEngine, Segment
+from services.engine.interface import (
+    BrokenOff,
+    EngineError,
+    EngineProfile,
+    KvSink,
+    LayerKv,
+    PassResult,
+    PrefillEngine,
+    Segment,
+)
 from services.engine.kv_cache import KvShape, KvStore
 from services.engine.model import LoadedModel, load_model
 from services.engine.prefill import PassRun
@@ -190,20 +199,22 @@ class TorchPrefillEngine:
         """Let a thread compute until the pass ends or is stopped. A caller that is cancelled stops the
         pass and leaves when its step is done: no thread ever computes without somebody waiting."""
         loop = asyncio.get_running_loop()
-        group = pass_run.group
-        announcement = None
+        group, announcement, broken_off = pass_run.group, None, None
         if group is not None:
             try:
                 announcement = group.agreed(pass_run.steps_done)
                 group.link.begin()
-            except GroupBroken:
-                pass_run.release()
-                raise
+            except GroupBroken as error:
+                broken_off = _leave_group(pass_run, error)
+                if broken_off is None:
+                    pass_run.release()
+                    raise
+                group = None
         self._stop_wanted.clear()
         self._idle.clear()
         self._running = pass_run
         executor = self._background if pass_run.background else self._foreground
-        computing = loop.run_in_executor(executor, self._compute, pass_run, announcement, loop)
+        computing = loop.run_in_executor(executor, self._compute, pass_run, announcement, broken_off, loop)
         try:
             await asyncio.wait([computing])
         except asyncio.CancelledError:
@@ -224,24 +235,24 @@ class TorchPrefillEngine:
             self._running.group.link.abort()
 
     def _compute(
-        self, pass_run: PassRun, announcement: Announcement | None, loop: asyncio.AbstractEventLoop
+        self,
+        pass_run: PassRun,
+        announcement: Announcement | None,
+        broken_off: BrokenOff | None,
+        loop: asyncio.AbstractEventLoop,
     ) -> PassResult:
         """In a compute thread: steps until the end or a stop."""
-        begun = ended = time.monotonic()
+        begun = time.monotonic()
         group = pass_run.group
         try:
             with torch.inference_mode():
-                if group is not None and announcement is not None:
-                    group.open(announcement)
-                while not pass_run.finished:
-                    pass_run.step()
-                    ended = time.monotonic()
-                    if pieces := pass_run.layer_kv(pass_run.steps_done - 1):
-                        loop.call_soon_threadsafe(_deliver, pieces)
-                    if self._stop_wanted.is_set() if group is None else group.stopping:
-                        break
-                if group is not None:
-                    group.close()
+                try:
+                    ended = self._steps(pass_run, announcement, loop)
+                except GroupBroken as error:
+                    broken_off = _leave_group(pass_run, error)
+                    if broken_off is None:
+                        raise
+                    ended = self._steps(pass_run, None, loop)
                 sampled = pass_run.settle() if pass_run.finished else ()
         except Exception as error:
             pass_run.release()
@@ -255,7 +266,25 @@ class TorchPrefillEngine:
             sampled=sampled,
             compute_s=time.monotonic() - begun,
             last_layer_computed_s=ended,
+            broken_off=broken_off,
         )
+
+    def _steps(self, pass_run: PassRun, announcement: Announcement | None, loop: asyncio.AbstractEventLoop) -> float:
+        """Until the end or a stop. Returns when the last one ended. Raises: GroupBroken, and whatever the model
+        raises."""
+        ended, group = time.monotonic(), pass_run.group
+        if group is not None and announcement is not None:
+            group.open(announcement)
+        while not pass_run.finished:
+            pass_run.step()
+            ended = time.monotonic()
+            if pieces := pass_run.layer_kv(pass_run.steps_done - 1):
+                loop.call_soon_threadsafe(_deliver, pieces)
+            if self._stop_wanted.is_set() if group is None else group.stopping:
+                break
+        if group is not None:
+            group.close()
+        return ended
 
 
 def make_prefill_engine(settings: PrefillWorkerSettings) -> PrefillEngine:
@@ -279,6 +308,17 @@ def _exchange_cost(model: LoadedModel) -> ExchangeCost | None:
     except OSError as error:
         log.warning("not known what exchanges cost here: groups are rings", error=str(error))
         return None
+
+
+def _leave_group(pass_run: PassRun, error: GroupBroken) -> BrokenOff | None:
+    """None: there is nothing else in the pass."""
+    shared, group = pass_run.batch.shared, pass_run.group
+    assert shared is not None
+    assert group is not None
+    if not pass_run.leave_group():
+        return None
+    group.link.abort()  # before anybody waits for this rank
+    return BrokenOff(shared.sequence.spec.request_id, str(error))
 
 
 def kv_shape(model: LoadedModel) -> KvShape:

@@ -34,6 +34,7 @@ from common.messages.sp import (
 from common.policy.prefill_events import (
     AbortHandoff,
     BreakShare,
+    BrokeOff,
     CloseSequence,
     FinishHandoff,
     ForgetKv,
@@ -332,7 +333,7 @@ class PrefillWorker:
         link.on_lost(partial(self._lost, spec.request_id, spec.attempt))
 
     def _lost(self, request_id: RequestId, attempt: Attempt, reason: str) -> None:
-        """Told a little later: rank 0 leaves at the end of a request too; then the order to drop it is on its way."""
+        """Told a little later: ranks leave at the end of a request too; then the order to drop it is on its way."""
         event = GroupLost(request_id=request_id, attempt=attempt, reason=reason)
         asyncio.get_running_loop().call_later(LOST_AFTER_S, self._tell_if_held, event)
 
@@ -377,6 +378,8 @@ class PrefillWorker:
             log.error("a pass failed", error=str(error), exc_info=error)
             self._pass_ended(PassFailed(pass_id=pass_id, reason=str(error)))
             return
+        if (lost := result.broken_off) is not None:
+            self._shell.tell(BrokeOff(pass_id=pass_id, request_id=lost.request_id, reason=lost.reason))
         if not result.finished:
             self._pass_ended(PassStopped(pass_id=pass_id, steps_done=result.steps_done, compute_s=result.compute_s))
             return
@@ -433,6 +436,7 @@ def config_of(settings: PrefillWorkerSettings, worker_id: WorkerId, engine: Pref
         step_s_max=settings.step_ms_max / 1e3,
         batch_tokens_max=settings.batch_tokens_max,
         colocated_tokens_max=settings.colocated_tokens_max,
+        long_itl_s_max=settings.long_itl_ms_max / 1e3,
         rows_max=profile.rows_max,
     )
 

@@ -120,6 +120,8 @@ class Answer:
     cancelled: bool = False
     asked_s: float = 0.0
     first_token_s: float | None = None
+    token_s: list[float] = field(default_factory=list)
+    """When each token came."""
     task: asyncio.Task[None] | None = None
 
     @property
@@ -173,8 +175,11 @@ class Cluster:
         seed: int = 0,
         shape: TimedShape = SHAPE,
         journal: JournalSink | None = None,
+        coordinators: int = 1,
+        worker: dict[str, Any] | None = None,
         **scheduler: Any,
     ) -> None:
+        """`worker`: settings of the prefill workers; what is not named here, of the scheduler."""
         self.broker = MemoryBroker(seed=seed)
         self.store = MemoryStore()
         self.hub = MemoryHub(seed=seed)
@@ -185,11 +190,15 @@ class Cluster:
         self.crashed: list[str] = []
         self._journal = journal
         self._serial = 0
+        self._worker = worker or {}
         self._settings = SchedulerSettings(**{"threshold_tokens": 1_000, **scheduler})
         self._starts = 0
         self.nodes: dict[str, Node] = {
             "scheduler": Node("scheduler", self._make_scheduler),
             "coordinator": Node("coordinator", self._make_coordinator),
+        }
+        self.nodes |= {
+            f"coordinator-{i}": Node(f"coordinator-{i}", self._make_coordinator) for i in range(1, coordinators)
         }
         self.nodes |= {f"d{i}": Node(f"d{i}", self._make_decode) for i in range(decode)}
         self.nodes |= {f"p{i}": Node(f"p{i}", self._make_prefill) for i in range(prefill)}
@@ -209,7 +218,7 @@ class Cluster:
 
     def _make_prefill(self, bus: MemoryBus, gate: Gate, node: Node) -> PrefillWorker:
         engine = node.engine = TimedPrefillEngine(self.shape)
-        settings = PrefillWorkerSettings(worker_id=node.name, engine="timed")
+        settings = PrefillWorkerSettings(worker_id=node.name, engine="timed", **self._worker)
         groups = self._groups_of(node)
         return PrefillWorker(settings, bus, cast(Any, gate), engine, self._plane_of(node), groups=groups)
 
@@ -265,6 +274,20 @@ class Cluster:
         node.task.cancel()
         await asyncio.wait([node.task])
         await self._forget(node)
+
+    def hang(self, name: str) -> None:
+        """As SIGSTOP does, for a prefill worker: it is heard of no more, and its connections stay."""
+        groups = self.nodes[name].groups
+        assert groups is not None
+        self.broker.cut(name)
+        self.group_hub.silenced.add(groups.address)
+
+    def wake(self, name: str) -> None:
+        """As SIGCONT does."""
+        groups = self.nodes[name].groups
+        assert groups is not None
+        self.group_hub.silenced.discard(groups.address)
+        self.broker.heal(name)
 
     async def stop(self, name: str) -> None:
         """As SIGTERM does."""
@@ -329,6 +352,7 @@ class Cluster:
                 if answer.first_token_s is None:
                     answer.first_token_s = asyncio.get_running_loop().time()
                 answer.tokens += piece.token_ids
+                answer.token_s += [asyncio.get_running_loop().time()] * len(piece.token_ids)
         except ApiError as error:
             answer.error = error
         except asyncio.CancelledError:

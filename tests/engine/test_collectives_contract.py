@@ -237,26 +237,59 @@ async def test_an_idle_rank_learns_of_the_end_at_its_next_pass(kind: str) -> Non
         links[1].close()
         await asyncio.sleep(0.05)
         for link in links:
-            if link is links[0] and kind == "tcp":
-                link.begin()  # rank 0 listens to nobody while idle
-                with pytest.raises(GroupBroken):
-                    await asyncio.to_thread(link.open_pass, call(1))
-            else:
-                with pytest.raises(GroupBroken):
-                    link.begin()
+            with pytest.raises(GroupBroken):
+                link.begin()
         assert not calls
 
 
-async def test_an_idle_follower_is_told_once_that_rank_0_is_gone(kind: str) -> None:
+@pytest.mark.parametrize("gone", [{0}, {1}, {2}, {0, 2}])
+async def test_an_idle_rank_is_told_once_that_another_is_gone(kind: str, gone: set[int]) -> None:
     async with group(kind, 3) as links:
         lost: list[int] = []
         for link in links:
             link.on_call(lambda _: None)
             link.on_lost(lambda _, rank=link.rank: lost.append(rank))
-        links[2].close()  # what it did itself it need not be told
-        links[0].close()
+        for rank in gone:
+            links[rank].close()  # what it did itself it need not be told
         await asyncio.sleep(0.05)
-        assert lost == [1]
+        assert sorted(lost) == sorted({0, 1, 2} - gone)
+
+
+async def test_between_two_passes_a_rank_hears_too(kind: str) -> None:
+    async with group(kind, 2) as links:
+        lost: list[int] = []
+        for link in links:
+            link.on_lost(lambda _, rank=link.rank: lost.append(rank))
+        for pass_no in (1, 2):
+            works = (lambda: links[0].send(1, 0), lambda: links[1].receive(0, 0))
+            assert await in_pass(links, call(pass_no), *works) == [None, None]  # type: ignore[arg-type]
+        links[1].close()
+        await asyncio.sleep(0.05)
+        assert lost == [0]
+
+
+async def test_what_a_rank_says_in_a_pass_waits_for_who_is_not_in_it_yet(kind: str) -> None:
+    """And when it goes after that, rank 0, which is in the pass, sees it."""
+    async with group(kind, 3) as links:
+        calls: dict[int, asyncio.Event] = {rank: asyncio.Event() for rank in range(3)}
+        for link in links:
+            link.on_call(lambda _, rank=link.rank: calls[rank].set())
+        links[0].begin()
+        opening = asyncio.create_task(asyncio.to_thread(links[0].open_pass, call(1)))
+        await calls[1].wait()
+        links[1].begin()
+        links[1].open_pass(call(1))
+        links[1].send(2, 0, [buffer(9, 1)])
+        await opening
+        await calls[2].wait()
+        links[2].begin()
+        await asyncio.to_thread(links[2].open_pass, call(1))
+        into = memoryview(bytearray(9))
+        await asyncio.to_thread(links[2].receive, 1, 0, [into])
+        assert into == buffer(9, 1)
+        links[1].close()
+        with pytest.raises(GroupBroken):
+            await asyncio.to_thread(links[0].receive, 1, 0)
 
 
 async def test_groups_of_the_same_workers_do_not_mix(kind: str) -> None:
@@ -291,6 +324,27 @@ async def test_a_group_that_is_not_complete_is_not_formed(kind: str) -> None:
         await at[0].join(key, 5, addresses)
     for link in await joined(at, "r"):  # the next try meets nobody's leftovers
         link.close()
+    for door in at:
+        await door.close()
+
+
+@pytest.mark.parametrize("gone", [0, 1, 2])
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+async def test_who_waits_for_a_group_is_told_at_once_that_a_worker_is_gone(kind: str, gone: int, when: str) -> None:
+    at = doors(kind, 3, join_s=LONG_S)
+    key = GroupKey(request_id=RequestId("r"), attempt=Attempt(0))
+    addresses = [door.address for door in at]
+    if when == "before":
+        await at[gone].close()
+    meeting = asyncio.gather(
+        *(at[rank].join(key, rank, addresses) for rank in range(3) if rank != gone), return_exceptions=True
+    )
+    await asyncio.sleep(0.05)
+    if when == "meanwhile":
+        assert not meeting.done()
+        await at[gone].close()
+    async with asyncio.timeout(PATIENCE_S):
+        assert [type(error) for error in await meeting] == [GroupBroken] * 2
     for door in at:
         await door.close()
 

@@ -3,7 +3,7 @@ and words in queues, in order per sender, and what engines of a group do for eac
 
 Rank 0 calls the others one after another; a rank does a step when the others have done the one before; rank 0 decides
 after each of its steps whether all stop there. A group that breaks fails the passes of all its ranks; one that a rank
-left after its last pass, those that need that rank.
+left after its last pass, those that need that rank; passes with other sequences in them go on with these.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Link:
     """The last pass that each rank joined; rank 0 may be in the next one already."""
     left: set[WorkerId] = field(default_factory=set)
     to_tell: set[WorkerId] = field(default_factory=set)
-    """Followers that do not know yet that rank 0 was killed."""
+    """Ranks that do not know yet that another one was killed."""
     broken: bool = False
 
 
@@ -97,9 +97,7 @@ class GroupWorld:
         for link in self.links.values():
             if worker_id in link.members:
                 link.broken = True
-                link.to_tell.discard(worker_id)
-            if worker_id == link.members[0]:
-                link.to_tell = set(link.members[1:])
+                link.to_tell = set(link.members) - {worker_id}
         self.start(worker_id)
         self.seen["killed"] += 1
 
@@ -195,7 +193,8 @@ class GroupWorld:
         world, link = self.worlds[worker_id], self._shared(worker_id)
         if link is not None and self._is_lost(worker_id, link):
             self.seen["broken pass"] += 1
-            self.on(worker_id, world.fail_pass)
+            self.seen["broke off"] += len(world.running.segments) > 1
+            self.on(worker_id, world.break_off)
             return
         running = world.running
         assert running is not None
@@ -221,7 +220,7 @@ class GroupWorld:
 
     def tell_lost(self, key: Key, worker_id: WorkerId) -> None:
         self.links[key].to_tell.discard(worker_id)
-        event = GroupLost(request_id=key[0], attempt=key[1], reason="rank 0 is gone")
+        event = GroupLost(request_id=key[0], attempt=key[1], reason="a rank is gone")
         self.on(worker_id, lambda: self.worlds[worker_id].tell(event))
 
     def deliver(self, worker_id: WorkerId) -> None:

@@ -18,6 +18,7 @@ from common.policy.core import TimePassed
 from common.policy.prefill_events import (
     AbortHandoff,
     BreakShare,
+    BrokeOff,
     CloseSequence,
     FinishHandoff,
     ForgetKv,
@@ -138,6 +139,8 @@ class World:
     running: Pass | None = None
     stop_asked: bool = False
     stopped: list[Pass] = field(default_factory=list)
+    broken_off: RequestId | None = None
+    """The shared sequence that the running pass goes on without."""
     located: dict[RequestId, PlaceKv] = field(default_factory=dict)
     sent: list[Message] = field(default_factory=list)
     """All messages, oldest first."""
@@ -218,7 +221,24 @@ class World:
         self.stopped.append(ended)
         for segment in ended.segments:
             self.held[segment.request_id].in_stopped_pass = True
+        self._tell_broken_off(pass_id)
         self.tell(PassStopped(pass_id=pass_id, steps_done=ended.steps_done, compute_s=0.1))
+
+    def break_off(self) -> None:
+        """The group of the shared sequence in the running pass broke."""
+        assert self.running is not None
+        (shared,) = (s.request_id for s in self.running.segments if self.held[s.request_id].shared)
+        if len(self.running.segments) == 1:
+            self.fail_pass()
+            return
+        self.running.segments = [segment for segment in self.running.segments if segment.request_id != shared]
+        self.broken_off = shared
+
+    def _tell_broken_off(self, pass_id: int) -> None:
+        if self.broken_off is not None:
+            event = BrokeOff(pass_id=pass_id, request_id=self.broken_off, reason="a rank is gone")
+            self.broken_off = None
+            self.tell(event)
 
     def fail_pass(self) -> None:
         _, pass_id = self._end_pass()
@@ -262,6 +282,7 @@ class World:
             if segment.sample:
                 held.known += 1
                 sampled.append(SampledToken(request_id=segment.request_id, token_id=token))
+        self._tell_broken_off(pass_id)
         self.tell(
             PassFinished(pass_id=pass_id, sampled=tuple(sampled), compute_s=0.1, last_layer_computed_s=self.now_s)
         )

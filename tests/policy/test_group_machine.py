@@ -109,3 +109,4 @@ def test_whatever_is_lost_or_dropped_everything_ends_and_nothing_is_held(request
         seen += run(seed, faults=True).seen
     assert seen["killed"] > 30
     assert seen["broken pass"] > 15
+    assert seen["broke off"] > 0

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from common.messages.decode import DecodeFailed
 from common.messages.groups import Announcement, GroupScheme
-from common.messages.prefill import KvReleased, PrefillFinished
+from common.messages.prefill import KvReleased, PrefillFailed, PrefillFinished
 from common.messages.sp import (
     DropSegment,
     GroupFailed,
@@ -43,10 +44,10 @@ def until(world: GroupWorld, holds: Callable[[], object]) -> GroupWorld:
     raise AssertionError(world.describe())
 
 
-def reached(state: str, ranks: int, seed: int = 1) -> GroupWorld:
+def reached(state: str, ranks: int, seed: int = 1, max_tokens: int = 5) -> GroupWorld:
     """A group of so many ranks in this state, on workers of which another one has nothing to do with it."""
     world = GroupWorld(seed, ranks + 1)
-    world.form(LONG, tuple(f"p{n}" for n in range(ranks)), 3_000, 5)
+    world.form(LONG, tuple(f"p{n}" for n in range(ranks)), 3_000, max_tokens)
     if state == "forming":
         return world
     first = "prefilling" if state != "decoding" else "decoding"
@@ -79,14 +80,38 @@ def test_a_rank_is_lost_in_every_state(state: str, rank: int):
     world.kill(WorkerId(f"p{rank}"))
     while world.act():
         pass
-    in_pass = state in ("prefilling", "decoding")  # or about to be
-    if in_pass or (rank == 0 and state not in ("forming", "finishing")):
+    if state not in ("forming", "finishing"):
         assert not any(world.jobs((LONG, 0))), "the others are free before anybody's time is up"
     world.settle()
     world.dissolve(LONG)  # as the scheduler does, once it misses the worker
     world.settle()
     world.require_empty()
     assert isinstance(world.endings[LONG, 0], GroupFinished if state == "finishing" else GroupFailed)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+@pytest.mark.parametrize("here", [False, True])
+def test_shorts_that_share_a_pass_with_a_group_outlive_it(lost: int, here: bool):
+    world = reached("decoding", 3, max_tokens=50)
+    others = [WorkerId(f"p{n}") for n in range(3) if n != lost]
+    for number, name in enumerate(others):
+        world.short(name, f"s{number}", 1_500, here=here, exclusive=False)
+
+    def share(name: WorkerId) -> bool:
+        running = world.worlds[name].running
+        return running is not None and len(running.segments) > 1 and LONG in {s.request_id for s in running.segments}
+
+    until(world, lambda: any(share(name) for name in others))
+    world.kill(WorkerId(f"p{lost}"))
+    world.settle()
+    world.dissolve(LONG)
+    world.settle()
+    world.require_empty()
+    assert isinstance(world.endings[LONG, 0], GroupFailed)
+    assert world.seen["broke off"] > 0
+    for number, name in enumerate(others):
+        assert not world.worlds[name].of(PrefillFailed, DecodeFailed)
+        assert [index for index, _ in world.tokens_of(f"s{number}")] == list(range(3 if here else 1))
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
