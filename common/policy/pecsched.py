@@ -185,7 +185,9 @@ class PecSchedPolicy:
         key = (request.request_id, len(cluster.replicas))
         if self._wished[0] != key:
             self._wished = key, self._wish(cluster, request)
-        return spare if busy * (self._wished[1] - 1) > spare - busy else 0
+        degree, everywhere = min(self._wished[1], self._config.group_max), len(cluster.replicas)
+        idle = min(spare, everywhere - _fewest(cluster, request)) - busy  # less one long's: that runs in any case
+        return spare if _stopped(busy, degree, everywhere) - busy > idle else 0
 
     def _wish(self, cluster: Cluster, request: Request) -> int:
         """Over how many replicas it would be spread, had it the cluster to itself."""
@@ -250,6 +252,13 @@ class PecSchedPolicy:
 def _fewest(cluster: Cluster, request: Request) -> int:
     """Empty replicas that hold its KV."""
     return kv_share(request.spec.kv_tokens, max(1, cluster.kv_max("prefill")))
+
+
+def _stopped(busy: float, degree: int, replicas: int) -> float:
+    """How many of the replicas shorts hold up on average if groups of `degree` fill the cluster: a group stands while
+    any of its members has shorts, and those of `busy` replicas come to them at random. So `degree` times as many as
+    they keep busy while these are few, and never more than there are."""
+    return replicas * (1.0 - math.exp(-busy * degree / replicas))
 
 
 def _due_s(request: Request) -> float:
