@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.messages.base import Message
-from common.messages.prefill import KvReleased, PrefillFailed, PrefillStarted, RunPrefill
+from common.messages.prefill import KvReleased, PrefillFailed, PrefillFinished, RunPrefill
 from common.messages.requests import Prompt, RequestSpec, SamplingParams, TokensGenerated
 from common.messages.sp import (
     LoadSegment,
@@ -68,7 +68,7 @@ Heard = (
     | SegmentPrefilled
     | SegmentFinished
     | SegmentFailed
-    | PrefillStarted
+    | PrefillFinished
     | PrefillFailed
     | KvReleased
     | TokensGenerated
@@ -94,7 +94,7 @@ class LongRun:
 
     at_worker_s: list[float] = field(default_factory=list)
     outside_s: list[float] = field(default_factory=list)
-    begun_s: list[float] = field(default_factory=list)
+    waited_s: list[float] = field(default_factory=list)
     compute_s: float = 0.0
     steps: int = 0
     first_token: int = -1
@@ -137,7 +137,7 @@ def _figures(options: PauseOptions, plain: list[LongRun], paused: list[LongRun])
         "pauses": sum(len(each.at_worker_s) for each in paused),
         "at_worker_s": all_of(each.at_worker_s for each in paused),
         "outside_s": all_of(each.outside_s for each in paused),
-        "short_begun_s": all_of(each.begun_s for each in paused),
+        "short_waited_s": all_of(each.waited_s for each in paused),
         "long_compute_s": {"undisturbed": plain_s, "paused": paused_s, "ratio": ratio(paused_s, plain_s)},
         "long_runs": {"undisturbed": len(plain), "paused": len(paused)},
         "same_first_token": len({each.first_token for each in plain + paused}) == 1,
@@ -220,14 +220,15 @@ class Rig:
         )
         await self._order(PauseSegment(worker_id=WORKER, request_id=long.request_id, attempt=0))
         stopped_s, stopped = await self._hears(long.request_id, SegmentPaused, SegmentPrefilled)
-        begun_s, _ = await self._hears(short.request_id, PrefillStarted)
+        _, prefilled = await self._hears(short.request_id, PrefillFinished)
+        assert isinstance(prefilled, PrefillFinished)
         await self._hears(short.request_id, KvReleased)
         if not isinstance(stopped, SegmentPaused):
             self._said[SegmentPrefilled, long.request_id] = stopped_s, stopped
             return False
         measured.at_worker_s.append(stopped.pause_latency_s)
         measured.outside_s.append(stopped_s - sent_s)
-        measured.begun_s.append(begun_s - sent_s)
+        measured.waited_s.append(prefilled.waited_s)
         return True
 
     async def _order(self, order: RunPrefill | LoadSegment | RunSegment | PauseSegment) -> None:
@@ -288,7 +289,7 @@ def show(figures: dict[str, Any]) -> None:
     titles = {
         "at_worker_s": "at the worker: short ready or order received, to stopped",
         "outside_s": "from outside: short sent, to word of the stop",
-        "short_begun_s": "short sent, to its pass begun",
+        "short_waited_s": "short received, to its pass begun",
     }
     rows = [[title, *(report.ms(figures[key][p]) for p in ("p50", "p99", "max"))] for key, title in titles.items()]
     long, runs = figures["long_compute_s"], figures["long_runs"]

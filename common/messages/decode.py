@@ -16,26 +16,21 @@ class ExpectKv(Message, frozen=True, kw_only=True):
     prefill_worker_id: WorkerId
 
 
-class DecodeStarted(Message, frozen=True, kw_only=True):
-    """Decode worker → scheduler: the whole KV is here and verified (length, layers, checksum), and the
-    request is in the batch."""
-
-    worker_id: WorkerId
-    request_id: RequestId
-    attempt: Attempt
-    first_layer_received_s: Seconds
-    """Host's monotonic clock."""
-    last_layer_received_s: Seconds
-
-
 class DecodeFinished(Message, frozen=True, kw_only=True):
-    """Decode worker → scheduler: the last token is out (already sent to the router); `KvReleased` follows."""
+    """Decode worker → scheduler: the last token is out (already sent to the router), and nothing of the request is held
+    here any more."""
 
     worker_id: WorkerId
     request_id: RequestId
     attempt: Attempt
     finish_reason: FinishReason
     generated: Tokens
+    kv_tokens: Tokens = 0
+    """What was freed."""
+    first_layer_received_s: Seconds = 0.0
+    """Host's monotonic clock; 0 where the KV did not travel."""
+    last_layer_received_s: Seconds = 0.0
+    """The whole KV was here and verified (length, layers, checksum)."""
 
 
 class DecodeBusy(Message, frozen=True, kw_only=True):

@@ -29,16 +29,6 @@ class DropRequest(Message, frozen=True, kw_only=True):
     attempt: Attempt
 
 
-class PrefillStarted(Message, frozen=True, kw_only=True):
-    """Prefill worker → scheduler: the pass with this short's first tokens has begun; its queueing delay ends."""
-
-    worker_id: WorkerId
-    request_id: RequestId
-    attempt: Attempt
-    waited_s: Seconds
-    """From receipt by the worker to the start."""
-
-
 class PrefillFinished(Message, frozen=True, kw_only=True):
     """Prefill worker → scheduler: the first token is out (already sent to the router)."""
 
@@ -48,7 +38,10 @@ class PrefillFinished(Message, frozen=True, kw_only=True):
     compute_s: Seconds
     last_layer_computed_s: Seconds
     """Host's monotonic clock when the last layer's KV was computed; compare with
-    `DecodeStarted.first_layer_received_s` on the same host."""
+    `DecodeFinished.first_layer_received_s` on the same host."""
+    waited_s: Seconds = 0.0
+    """From receipt of the order to the start of the first pass with tokens of it: the worker's part of the queueing
+    delay."""
     in_worker_s: Seconds = 0.0
     """From receipt of the order to this word: queueing, opening the KV, computing, waking threads. (To the
     resolution of the loop's clock, about a millisecond.)"""
@@ -70,7 +63,9 @@ class PrefillFailed(Message, frozen=True, kw_only=True):
 
 
 class KvReleased(Message, frozen=True, kw_only=True):
-    """Any worker → scheduler: nothing of this request is held here any more (handed over, finished or dropped)."""
+    """Any worker → scheduler: nothing of this request is held here any more (handed over or dropped; or its first token
+    was also its last). From the prefill worker of a request that runs it says that the decode worker has the KV,
+    whole and verified."""
 
     worker_id: WorkerId
     request_id: RequestId

@@ -7,7 +7,7 @@ process: effects the shell performs, and the events in which each effect that ca
 from __future__ import annotations
 
 from common.messages.base import Record
-from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, DecodeStarted, ExpectKv
+from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, ExpectKv
 from common.messages.locations import KvLocation
 from common.messages.prefill import DropRequest, KvReleased
 from common.messages.requests import RequestSpec, TokenLogprob, TokensGenerated
@@ -161,7 +161,7 @@ DecodeLocalEvent = (
 
 DecodeEvent = DecodeOrder | DecodeLocalEvent | TimePassed
 
-DecodeToScheduler = DecodeStarted | DecodeFinished | DecodeBusy | DecodeFailed | KvReleased
+DecodeToScheduler = DecodeFinished | DecodeBusy | DecodeFailed | KvReleased
 
 DecodeCommand = (
     ReserveKv

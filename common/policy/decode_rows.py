@@ -8,7 +8,7 @@ from enum import StrEnum
 from common.messages.decode import ExpectKv
 from common.messages.requests import FinishReason, RequestSpec
 from common.policy.transitions import Table
-from common.units import Attempt, RequestId
+from common.units import Attempt, RequestId, Seconds
 
 
 class RowPhase(StrEnum):
@@ -44,10 +44,14 @@ class Row:
     phase: RowPhase = RowPhase.RESERVING
     generated: int = 0
     """Tokens of this attempt, the first included."""
+    received_s: tuple[Seconds, Seconds] = (0.0, 0.0)
+    """When the first and the last layer of its KV came, by the host's monotonic clock."""
     deadline_s: float | None = None
     """While its KV is awaited: when that lapses."""
     failure: str | None = None
     """While closing: why, if the scheduler must hear of it."""
+    finished: FinishReason | None = None
+    """Its last token is out."""
     closing_from: RowPhase | None = None
     """While closing: the phase it was in. What that waited for is what frees its KV, and nothing else does."""
     in_step: bool = False

@@ -10,8 +10,8 @@ Rules:
   transfer receives or a step computes is *closing* until that effect has ended.
 - KV can be offered before the order that announces it, which comes another way: the offer waits, within a bound.
 - The prefill worker sent the first token to the router; the first chunk from here has the output index after it.
-- Every request that was reserved ends with exactly one `KvReleased`, its last message; one that found no room
-  ends with `DecodeBusy`. `DecodeFinished.generated` counts the first token too.
+- Every request that was reserved ends with exactly one `DecodeFinished` or `KvReleased`, its last message; one that
+  found no room ends with `DecodeBusy`. `DecodeFinished.generated` counts the first token too.
 - Orders of an older term than the newest seen are ignored (term 0: from someone who has none), orders for an
   older attempt too; one for a later attempt first drops what is held, and is taken up when that has ended.
 """
@@ -23,7 +23,7 @@ from functools import partial
 from typing import assert_never
 
 from common.messages.cluster import Holding, HoldingPhase
-from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, DecodeStarted, ExpectKv
+from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, ExpectKv
 from common.messages.locations import KvLocation, KvState
 from common.messages.prefill import DropRequest, KvReleased
 from common.messages.requests import FinishReason, RequestSpec, TokenChunk, TokensGenerated
@@ -277,17 +277,12 @@ class DecodeWorkerCore:
         row.deadline_s = None
         row.generated = 1
         self._effects.append(ActivateRow(request_id=row.request_id, first_token=event.first_token))
-        self._rest.append(
-            DecodeStarted(
-                **self._about(row.request_id, row.attempt),
-                first_layer_received_s=event.first_layer_received_s,
-                last_layer_received_s=event.last_layer_received_s,
-            )
-        )
+        row.received_s = event.first_layer_received_s, event.last_layer_received_s
         self._place(row, "decoding", row.spec.prompt.tokens)
         reason = finish_reason(row, event.first_token)
         if reason is not None:  # the prefill worker hands such a request over to nobody; be whole all the same
-            self._finish(row, reason)
+            row.finished = reason
+            self._free(row)
 
     def _broken(self, event: KvBroken) -> None:
         self._offers.pop((event.request_id, event.attempt), None)
@@ -311,9 +306,9 @@ class DecodeWorkerCore:
             if row.phase is RowPhase.CLOSING:
                 self._free(row)
                 continue
-            reason = self._token(row, sampled)
-            if reason is not None:
-                self._finish(row, reason)
+            row.finished = self._token(row, sampled)
+            if row.finished is not None:
+                self._free(row)
 
     def _token(self, row: Row, sampled: DecodedToken) -> FinishReason | None:
         index = row.spec.generated_before + row.generated
@@ -329,16 +324,6 @@ class DecodeWorkerCore:
         )
         self._tokens.setdefault(row.spec.router_id, []).append(chunk)
         return reason
-
-    def _finish(self, row: Row, reason: FinishReason) -> None:
-        self._rest.append(
-            DecodeFinished(
-                **self._about(row.request_id, row.attempt),
-                finish_reason=reason,
-                generated=row.generated,
-            )
-        )
-        self._free(row)
 
     def _step_failed(self, event: StepFailed) -> None:
         running, self._running = self._running, ()
@@ -392,11 +377,28 @@ class DecodeWorkerCore:
             self._rest.append(ForgetDecodeKv(request_id=row.request_id))
         if row.failure is not None:
             self._rest.append(DecodeFailed(**self._about(row.request_id, row.attempt), reason=row.failure))
-        self._tell_released(row.request_id, row.attempt, row.spec.kv_tokens if reserved else 0)
+        freed = row.spec.kv_tokens if reserved else 0
+        if row.finished is not None:
+            self._tell_finished(row, row.finished, freed)
+        else:
+            self._tell_released(row.request_id, row.attempt, freed)
         for attempt in sorted(row.asked - {row.attempt}):
             self._tell_released(row.request_id, attempt, 0)
         if row.successor is not None:
             self._admit(row.successor.spec)
+
+    def _tell_finished(self, row: Row, reason: FinishReason, freed: int) -> None:
+        first_s, last_s = row.received_s
+        self._rest.append(
+            DecodeFinished(
+                **self._about(row.request_id, row.attempt),
+                finish_reason=reason,
+                generated=row.generated,
+                kv_tokens=freed,
+                first_layer_received_s=first_s,
+                last_layer_received_s=last_s,
+            )
+        )
 
     def _tell_released(self, request_id: RequestId, attempt: Attempt, kv_tokens: int) -> None:
         self._rest.append(KvReleased(**self._about(request_id, attempt), kv_tokens=kv_tokens))
@@ -440,7 +442,7 @@ class DecodeWorkerCore:
             for router, chunks in self._tokens.items()
         ]
         for command in self._rest:
-            if isinstance(command, DecodeStarted | DecodeFinished | DecodeBusy | DecodeFailed | KvReleased):
+            if isinstance(command, DecodeFinished | DecodeBusy | DecodeFailed | KvReleased):
                 self._note(command.request_id, command)
         commands = [*self._effects, *tokens, *self._rest]
         self._effects, self._tokens, self._rest = [], {}, []

@@ -24,7 +24,13 @@ from common.policy.core import require
 from common.policy.decisions import SchedulingPolicy
 from common.policy.fifo import FifoPolicy
 from common.policy.invariants import check_books
-from common.policy.lifecycle import IN_GROUP, LONG_TRANSITIONS, SHORT_TRANSITIONS, STANDING_LONG, RequestState
+from common.policy.lifecycle import (
+    IN_GROUP,
+    LONG_TRANSITIONS,
+    SHORT_TRANSITIONS,
+    STANDING_LONG,
+    RequestState,
+)
 from common.policy.long_planner import LongPlanner, MeasuredPlanner
 from common.policy.pecsched import PecSchedPolicy
 from common.policy.priority import PriorityPolicy
@@ -280,5 +286,5 @@ class Ledger:
         elif worker_id == request.decode_worker:
             self.interrupt(request, f"{worker_id} no longer holds its KV")
         elif worker_id == request.prefill_worker and request.state is RequestState.PREFILLING:
-            # Handed over: the word of the first token was lost, the decode worker's will come.
+            # Handed over: what was said of it was lost. Its decode worker's heartbeats will tell.
             self.move(request, RequestState.HANDOFF)

@@ -46,7 +46,10 @@ SHORT_TRANSITIONS: Table[RequestState] = {
     S.DECODING: frozenset({S.INTERRUPTED}),
     S.INTERRUPTED: frozenset({S.QUEUED}),
 }
-"""PREFILLING → DECODING: the decode worker's word can overtake the prefill worker's."""
+"""PREFILLING → DECODING: it decodes where it prefilled, or the word of its first token was lost."""
+
+HANDING_OVER = frozenset({S.PREFILLING, S.HANDOFF})
+"""States in which a short's prefill worker may say that it was handed over."""
 
 LONG_TRANSITIONS: Table[RequestState] = {
     S.QUEUED: frozenset({S.FORMING}),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from heapq import heapify, heappop, heappush
 from itertools import islice
-
-from sortedcontainers import SortedList
 
 from common.units import WorkerId
 
@@ -14,31 +13,52 @@ CANDIDATES_MAX = 8
 request, the cluster is as good as full, and a decision stays O(log n)."""
 
 
+STALE_MAX = 32
+"""Entries beside one per worker that a small index may keep before it is cleared of stale ones."""
+
+
 class LoadIndex:
-    """Worker ids ordered by load, then by id. Insert, move, discard and first: O(log n)."""
+    """Worker ids ordered by load, then by id. Insert, move, discard and first: O(log n), amortized.
+
+    A heap in which former loads stay until they come up: loads change at every event, and hardly more than the
+    lightest worker is ever asked for.
+    """
 
     def __init__(self) -> None:
         self._load: dict[WorkerId, int] = {}
-        self._order: SortedList = SortedList()
+        self._heap: list[tuple[int, WorkerId]] = []
+        """An entry is stale unless it says the worker's load. One may stand there twice."""
 
     def set(self, worker_id: WorkerId, load: int) -> None:
-        known = self._load.get(worker_id)
-        if known == load:
+        if self._load.get(worker_id) == load:
             return
-        if known is not None:
-            self._order.remove((known, worker_id))
         self._load[worker_id] = load
-        self._order.add((load, worker_id))
+        heap = self._heap
+        heappush(heap, (load, worker_id))
+        if len(heap) > 2 * len(self._load) + STALE_MAX:
+            heap[:] = [(load, worker_id) for worker_id, load in self._load.items()]
+            heapify(heap)
 
     def discard(self, worker_id: WorkerId) -> None:
-        load = self._load.pop(worker_id, None)
-        if load is not None:
-            self._order.remove((load, worker_id))
+        self._load.pop(worker_id, None)
 
     def least(self, count: int = CANDIDATES_MAX) -> Iterator[WorkerId]:
-        """The `count` least loaded, lightest first."""
-        for _, worker_id in islice(self._order, count):
-            yield worker_id
+        """The `count` least loaded, lightest first. Nothing may change meanwhile."""
+        heap, loads = self._heap, self._load
+        while heap and loads.get(heap[0][1]) != heap[0][0]:
+            heappop(heap)
+        # From here on the heap is walked as it stands, from its root: a parent comes before its children.
+        walk = [(heap[0], 0)] if heap else []
+        last: tuple[int, WorkerId] | None = None
+        while walk and count > 0:
+            entry, place = heappop(walk)
+            if entry != last and loads.get(entry[1]) == entry[0]:
+                last = entry
+                count -= 1
+                yield entry[1]
+            for child in (2 * place + 1, 2 * place + 2):
+                if child < len(heap):
+                    heappush(walk, (heap[child], child))
 
     def ids(self) -> Iterator[WorkerId]:
         return iter(self._load)

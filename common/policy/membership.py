@@ -143,8 +143,17 @@ class Membership:
             if request is not None:
                 self._ledger.mind_release(request, worker.worker_id)
         for holding in event.holdings:
+            key = (holding.request_id, holding.attempt)
             if holding.phase == "expected":
-                self._mind_expected(worker.worker_id, (holding.request_id, holding.attempt))
+                self._mind_expected(worker.worker_id, key)
+            elif holding.phase == "decode":
+                self._mind_decoding(worker.worker_id, key)
+
+    def _mind_decoding(self, worker_id: WorkerId, key: HoldKey) -> None:
+        """It has its KV, whatever message said so and was lost."""
+        request = self._ledger.current(*key)
+        if request is not None and request.decode_worker == worker_id and request.state is RequestState.HANDOFF:
+            self._ledger.move(request, RequestState.DECODING)
 
     def _mind_expected(self, worker_id: WorkerId, key: HoldKey) -> None:
         """KV waits on a decode worker, and nobody holds what should be sent there: the order to prefill it was

@@ -191,7 +191,10 @@ class PrefillBooks:
                     self.out.decode_failed(job, verdict)
                 else:
                     self.out.prefill_failed(job.request_id, job.attempt, verdict)
-            self.out.kv_released(job.request_id, job.attempt, freed)
+            if verdict is not None and verdict.decoded is not None:
+                self.out.decode_finished(job, verdict.decoded, freed)
+            else:
+                self.out.kv_released(job.request_id, job.attempt, freed)
             asked.discard(("scheduler", job.attempt))
         elif verdict is not None and verdict.kind != "finished" and ("coordinator", job.attempt) not in asked:
             self.out.segment_failed(job.request_id, job.attempt, verdict)
@@ -246,7 +249,7 @@ class PrefillBooks:
             job.move(ShortState.RUNNING)
             if not job.started:
                 job.started = True
-                self.out.prefill_started(job, self.now_s - job.received_s)
+                job.waited_s = self.now_s - job.received_s
             return
         assert isinstance(job, LongJob)
         job.called = None

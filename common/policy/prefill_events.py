@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from common.messages.base import Record
 from common.messages.cluster import StepCost
-from common.messages.decode import DecodeFailed, DecodeFinished, DecodeStarted
+from common.messages.decode import DecodeFailed, DecodeFinished
 from common.messages.groups import Announcement, GroupScheme
 from common.messages.locations import KvLocation
 from common.messages.prefill import (
@@ -16,7 +16,6 @@ from common.messages.prefill import (
     KvReleased,
     PrefillFailed,
     PrefillFinished,
-    PrefillStarted,
     RunPrefill,
 )
 from common.messages.requests import RequestSpec, TokenLogprob, TokensGenerated
@@ -270,9 +269,7 @@ PrefillLocalEvent = (
 
 PrefillEvent = PrefillOrder | PrefillLocalEvent | TimePassed
 
-ToScheduler = (
-    PrefillStarted | PrefillFinished | PrefillFailed | DecodeStarted | DecodeFinished | DecodeFailed | KvReleased
-)
+ToScheduler = PrefillFinished | PrefillFailed | DecodeFinished | DecodeFailed | KvReleased
 """The words of decoding are about shorts that decode where they prefilled."""
 ToCoordinator = (
     SegmentLoaded | SegmentRunning | SegmentPaused | SegmentPrefilled | SegmentFinished | SegmentFailed | SegmentDropped

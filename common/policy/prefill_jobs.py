@@ -90,6 +90,8 @@ class Verdict:
     retryable: bool = True
     suspect: WorkerId | None = None
     """The other worker that is at fault: nobody answers there."""
+    decoded: FinishReason | None = None
+    """Of a short that finished in decoding: how."""
 
 
 Asker = Literal["scheduler", "coordinator"]
@@ -147,6 +149,8 @@ class ShortJob(Job):
     ready_s: float = 0.0
     started: bool = False
     """A pass with tokens of it has begun, and with it the stream."""
+    waited_s: float = 0.0
+    """Until then, from its receipt."""
 
     @property
     def begun(self) -> bool:

@@ -6,9 +6,9 @@ the order in which it was decided.
 
 from __future__ import annotations
 
-from common.messages.decode import DecodeFailed, DecodeFinished, DecodeStarted
+from common.messages.decode import DecodeFailed, DecodeFinished
 from common.messages.locations import KvLocation, KvState
-from common.messages.prefill import KvReleased, PrefillFailed, PrefillFinished, PrefillStarted
+from common.messages.prefill import KvReleased, PrefillFailed, PrefillFinished
 from common.messages.requests import FinishReason, TokenChunk, TokensGenerated
 from common.messages.sp import (
     SegmentDropped,
@@ -109,9 +109,6 @@ class Outbox:
 
     # --- to the scheduler ---
 
-    def prefill_started(self, job: ShortJob, waited_s: float) -> None:
-        self.do(PrefillStarted(**self._about(job.request_id, job.attempt), waited_s=waited_s))
-
     def prefill_finished(
         self, job: ShortJob, last_layer_computed_s: float, in_worker_s: float, reason: FinishReason | None
     ) -> None:
@@ -120,6 +117,7 @@ class Outbox:
                 **self._about(job.request_id, job.attempt),
                 compute_s=job.compute_s,
                 last_layer_computed_s=last_layer_computed_s,
+                waited_s=job.waited_s,
                 in_worker_s=in_worker_s,
                 finish_reason=reason,
             )
@@ -135,19 +133,9 @@ class Outbox:
             )
         )
 
-    def decode_started(self, job: ShortJob, last_layer_computed_s: float) -> None:
-        """Nothing had to be sent: the KV is here as soon as it is computed."""
-        self.do(
-            DecodeStarted(
-                **self._about(job.request_id, job.attempt),
-                first_layer_received_s=last_layer_computed_s,
-                last_layer_received_s=last_layer_computed_s,
-            )
-        )
-
-    def decode_finished(self, job: ShortJob, reason: FinishReason) -> None:
+    def decode_finished(self, job: ShortJob, reason: FinishReason, freed: int) -> None:
         about = self._about(job.request_id, job.attempt)
-        self.do(DecodeFinished(**about, finish_reason=reason, generated=job.generated))
+        self.do(DecodeFinished(**about, finish_reason=reason, generated=job.generated, kv_tokens=freed))
 
     def decode_failed(self, job: ShortJob, verdict: Verdict) -> None:
         self.do(DecodeFailed(**self._about(job.request_id, job.attempt), reason=verdict.reason))

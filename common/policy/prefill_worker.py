@@ -6,13 +6,13 @@ Rules, beside those of `prefill_passes.py` (which pass is next) and `prefill_job
   long running takes effect at once; one that meets the end of the prefill is void.
 - A short's KV streams to its decode worker while it is computed and is freed here when the handoff ended, well or
   badly. A request whose first token is its last has no handoff, nor has one that decodes here: its KV is reserved
-  whole, and it says what a decode worker would say (`DecodeStarted`, `DecodeFinished` or `DecodeFailed`).
+  whole, and it says what a decode worker would say (`DecodeFinished` or `DecodeFailed`).
 - A failed pass ends the requests in it and nothing else. If only the group of a shared sequence in it broke, the others
   in it are computed all the same.
 - A follower of a group stops when rank 0 does, in the very step; being told to pause, it waits for that and says where
   it stands. Its share of a pass ends with the others': to drop it meanwhile, the group is broken.
-- Every short ends with exactly one `KvReleased`, its last message; every long with `SegmentFinished`,
-  `SegmentFailed` or `SegmentDropped`.
+- Every short ends with exactly one `KvReleased` or, decoded here, `DecodeFinished`, its last message; every long with
+  `SegmentFinished`, `SegmentFailed` or `SegmentDropped`.
 - An order of an older term than the newest seen is ignored (term 0: from someone who has none). An order for an
   older attempt than the one held is ignored or answered with "nothing held"; one for a later attempt first
   drops what is held, and is taken up when that has ended.
@@ -315,7 +315,6 @@ class PrefillWorkerCore:
                 return
             if job.handoff is None:
                 job.move(ShortState.DECODING)
-                self.books.out.decode_started(job, last_layer_computed_s)
                 self.books.out.place_kv(job, "decoding")
                 return
             job.move(ShortState.HANDOFF)
@@ -357,9 +356,7 @@ class PrefillWorkerCore:
         if reason is not None:
             if isinstance(job, LongJob):
                 self.books.out.segment_finished(job, reason)
-            else:
-                self.books.out.decode_finished(job, reason)
-            self.books.end(job, Verdict("finished", reason))
+            self.books.end(job, Verdict("finished", reason, decoded=reason))
 
     def _pass_stopped(self, event: PassStopped) -> None:
         stopped = self._take_running(event.pass_id)

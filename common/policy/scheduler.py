@@ -17,12 +17,11 @@ from common.messages.cluster import (
     WorkerHeartbeat,
     WorkerLeft,
 )
-from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, DecodeStarted, ExpectKv
+from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, ExpectKv
 from common.messages.prefill import (
     KvReleased,
     PrefillFailed,
     PrefillFinished,
-    PrefillStarted,
     RunPrefill,
 )
 from common.messages.requests import RequestSpec
@@ -50,7 +49,7 @@ from common.policy.core import TimePassed
 from common.policy.costs import decode_slot_tokens
 from common.policy.decisions import Decision, PauseLong, PlaceLong, PlaceShort, ResumeLong
 from common.policy.ledger import Ledger
-from common.policy.lifecycle import IN_GROUP, RequestState
+from common.policy.lifecycle import HANDING_OVER, IN_GROUP, RequestState
 from common.policy.long_planner import LongPlanner
 from common.policy.membership import Membership
 from common.policy.placement import bounds_of, in_rank_order, kv_share, layout_of
@@ -133,10 +132,6 @@ class Scheduler:
                 self._on_prefill_finished(event)
             case DecodeFinished():
                 self._on_decode_finished(event)
-            case DecodeStarted():
-                self._on_decode_started(event)
-            case PrefillStarted():
-                self._counters["prefills_started"] += 1
             case GroupFormed() | GroupPaused() | GroupResumed() | GroupPrefillFinished():
                 self._on_group_moved(event)
             case GroupFinished() | GroupFailed():
@@ -266,7 +261,7 @@ class Scheduler:
         if event.finish_reason is not None:
             self._ledger.end(request, "finished")
         elif request.state is RequestState.PREFILLING:
-            self._ledger.move(request, RequestState.HANDOFF)
+            self._ledger.move(request, RequestState.DECODING if stays else RequestState.HANDOFF)
 
     def _on_prefill_failed(self, event: PrefillFailed) -> None:
         self._ledger.release(event.worker_id, (event.request_id, event.attempt))
@@ -285,19 +280,15 @@ class Scheduler:
     def _on_kv_released(self, event: KvReleased) -> None:
         self._ledger.release(event.worker_id, (event.request_id, event.attempt))
         request = self._ledger.current(event.request_id, event.attempt)
-        if request is not None:
+        if request is None:
+            return
+        if event.worker_id == request.prefill_worker != request.decode_worker and request.state in HANDING_OVER:
+            self._ledger.move(request, RequestState.DECODING)
+        else:
             self._ledger.mind_release(request, event.worker_id)
 
-    def _on_decode_started(self, event: DecodeStarted) -> None:
-        request = self._ledger.current(event.request_id, event.attempt)
-        if (
-            request is not None
-            and request.decode_worker == event.worker_id
-            and request.state in (RequestState.PREFILLING, RequestState.HANDOFF)
-        ):
-            self._ledger.move(request, RequestState.DECODING)
-
     def _on_decode_finished(self, event: DecodeFinished) -> None:
+        self._ledger.release(event.worker_id, (event.request_id, event.attempt))
         request = self._ledger.current(event.request_id, event.attempt)
         if request is not None and request.decode_worker == event.worker_id:
             self._ledger.end(request, "finished", withdraw=False)

@@ -11,13 +11,12 @@ from common.messages.cluster import (
     WorkerHeartbeat,
     WorkerLeft,
 )
-from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, DecodeStarted, ExpectKv
+from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, ExpectKv
 from common.messages.prefill import (
     DropRequest,
     KvReleased,
     PrefillFailed,
     PrefillFinished,
-    PrefillStarted,
     RunPrefill,
 )
 from common.messages.records import RequestRecord
@@ -79,11 +78,9 @@ SchedulerHeard = (
     | RouterLeft
     | WorkerHeartbeat
     | WorkerLeft
-    | PrefillStarted
     | PrefillFinished
     | PrefillFailed
     | KvReleased
-    | DecodeStarted
     | DecodeFinished
     | DecodeBusy
     | DecodeFailed

@@ -1,13 +1,13 @@
 """A simulated decode worker: continuous batching of shorts whose KV was sent here.
 
-It answers as `common.policy.decode_worker` does: `DecodeStarted` when the KV is here, `DecodeFinished` and then
-`KvReleased` after the last token, `KvReleased` to every `DropRequest`. The step time is taken anew whenever a
+It answers as `common.policy.decode_worker` does: `DecodeFinished` after the last token, `KvReleased` to every
+`DropRequest`. The step time is taken anew whenever a
 row joins or leaves.
 """
 
 from __future__ import annotations
 
-from common.messages.decode import DecodeFinished, DecodeStarted
+from common.messages.decode import DecodeFinished
 from common.messages.prefill import KvReleased
 from common.units import WorkerId
 from loadtest.simulator.decode_batch import DecodeBatch
@@ -87,7 +87,7 @@ class Decoder:
         words: list[Word] = []
         for job in batch.take_finished():
             job.finished_s = now_s
-            words += finished_words(self.worker_id, job, self.kv.free(job.request_id))
+            words.append(finished_word(self.worker_id, job, self.kv.free(job.request_id)))
             if site.recorder is not None and job.first_token_s is not None:
                 lane = f"{self.worker_id} decode"
                 site.recorder.span(lane, "short decode", job.first_token_s, now_s, job.request_id)
@@ -96,27 +96,16 @@ class Decoder:
             site.tell(words)
 
 
-def started_word(worker_id: WorkerId, job: Job, first_layer_s: float, last_layer_s: float) -> Word:
-    """The whole KV is here and the request is in the batch."""
-    return job, DecodeStarted(
-        worker_id=worker_id,
-        request_id=job.request_id,
-        attempt=job.spec.attempt,
-        first_layer_received_s=first_layer_s,
-        last_layer_received_s=last_layer_s,
-    )
-
-
-def finished_words(worker_id: WorkerId, job: Job, kv_tokens: int) -> list[Word]:
+def finished_word(worker_id: WorkerId, job: Job, kv_tokens: int) -> Word:
     """The last token is out, and its KV is free."""
-    finished = DecodeFinished(
+    return job, DecodeFinished(
         worker_id=worker_id,
         request_id=job.request_id,
         attempt=job.spec.attempt,
         finish_reason="length",
         generated=job.output_tokens,
+        kv_tokens=kv_tokens,
     )
-    return [(job, finished), released_word(worker_id, job, kv_tokens)]
 
 
 def released_word(worker_id: WorkerId, job: Job, kv_tokens: int) -> Word:

@@ -22,10 +22,10 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING
 
-from common.messages.prefill import PrefillFinished, PrefillStarted
+from common.messages.prefill import PrefillFinished
 from common.units import WorkerId
 from loadtest.simulator.decode_batch import DecodeBatch
-from loadtest.simulator.decoder import Decoder, finished_words, released_word, started_word
+from loadtest.simulator.decoder import Decoder, finished_word, released_word
 from loadtest.simulator.job import Job
 from loadtest.simulator.kv_books import KvBooks
 from loadtest.simulator.site import Site, Word
@@ -150,17 +150,8 @@ class Replica:
         else:
             running.work = Countdown(timeline, pass_s, partial(self._pass_ended, running))
             running.work.set_rate(self.speed)
-        words: list[Word] = []
         for job in jobs:
             job.prefill_started_s = now_s
-            word = PrefillStarted(
-                worker_id=self.worker_id,
-                request_id=job.request_id,
-                attempt=job.spec.attempt,
-                waited_s=now_s - job.received_s,
-            )
-            words.append((job, word))
-        self._site.tell(words)
         if self._groups or self._rows:
             self.pace()
 
@@ -212,6 +203,7 @@ class Replica:
                 attempt=job.spec.attempt,
                 compute_s=now_s - ended.began_s,
                 last_layer_computed_s=now_s,
+                waited_s=ended.began_s - job.received_s,
                 in_worker_s=now_s - job.received_s,
                 finish_reason="length" if last else None,
             )
@@ -220,7 +212,7 @@ class Replica:
                 job.finished_s = now_s
                 words.append(self._released(job))
             else:
-                self._hand_over(job, ended, words)
+                self._hand_over(job)
         site.tell(words)
         if site.recorder is not None:
             ids = " ".join(job.request_id for job in ended.jobs)
@@ -238,12 +230,11 @@ class Replica:
 
     # --- handing over ----------------------------------------------------------------------------
 
-    def _hand_over(self, job: Job, ended: Pass, words: list[Word]) -> None:
+    def _hand_over(self, job: Job) -> None:
         """Its KV follows the computation layer by layer: when the pass ends, the last layer is still to go."""
         site = self._site
         now_s = site.timeline.now_s
         if job.decode_worker_id == self.worker_id:
-            words.append(started_word(self.worker_id, job, now_s, now_s))
             self._rows.advance(now_s)
             if not self._rows:
                 self._short_begins()
@@ -252,21 +243,15 @@ class Replica:
             return
         decoder = self._decoders[job.decode_worker_id]
         whole_s = site.costs.kv_transfer_s(job.tokens, same_node=decoder.node == self.node)
-        site.timeline.at(now_s + whole_s / site.limits.layers, self._handed_over, (job, ended.began_s))
+        site.timeline.at(now_s + whole_s / site.limits.layers, self._handed_over, job)
 
-    def _handed_over(self, what: tuple[Job, float]) -> None:
-        """The decode worker has verified it and said so to both."""
-        job, began_s = what
-        site = self._site
-        now_s = site.timeline.now_s
-        assert job.first_token_s is not None  # set where the pass ended
-        layer_s = (job.first_token_s - began_s) / site.limits.layers
+    def _handed_over(self, job: Job) -> None:
+        """The decode worker has verified it."""
         decoder = self._decoders[job.decode_worker_id]
         if job.request_id not in decoder.kv:
             return  # dropped meanwhile, here too
         decoder.receive(job)
-        started = started_word(job.decode_worker_id, job, now_s - (job.first_token_s - began_s) + layer_s, now_s)
-        site.tell((started, self._released(job)))
+        self._site.tell((self._released(job),))
 
     # --- what decodes here -----------------------------------------------------------------------
 
@@ -313,7 +298,7 @@ class Replica:
         finished = self._rows.take_finished()
         for job in finished:
             job.finished_s = now_s
-            words += finished_words(self.worker_id, job, self.kv.free(job.request_id))
+            words.append(finished_word(self.worker_id, job, self.kv.free(job.request_id)))
             if site.recorder is not None and job.first_token_s is not None:
                 site.recorder.span(f"{self.worker_id} decode", "short decode", job.first_token_s, now_s, job.request_id)
         if finished:

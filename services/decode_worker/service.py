@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import assert_never
 
 from common.logs import get_logger
-from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, DecodeStarted
+from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished
 from common.messages.prefill import KvReleased
 from common.messages.requests import RequestSpec, TokensGenerated
 from common.policy.decode_events import (
@@ -105,7 +105,7 @@ class DecodeWorker:
             match command:
                 case TokensGenerated():
                     await self._shell.publish(subjects.router(command.router_id), command)
-                case DecodeStarted() | DecodeFinished() | DecodeBusy() | DecodeFailed() | KvReleased():
+                case DecodeFinished() | DecodeBusy() | DecodeFailed() | KvReleased():
                     await self._shell.publish(subjects.SCHEDULER, command)
                 case PlaceDecodeKv(location=location):
                     self._shell.keep_location(location)

@@ -18,9 +18,9 @@ from typing import assert_never
 
 from common.errors import StartupError
 from common.logs import get_logger
-from common.messages.decode import DecodeFailed, DecodeFinished, DecodeStarted
+from common.messages.decode import DecodeFailed, DecodeFinished
 from common.messages.groups import Announcement
-from common.messages.prefill import KvReleased, PrefillFailed, PrefillFinished, PrefillStarted
+from common.messages.prefill import KvReleased, PrefillFailed, PrefillFinished
 from common.messages.requests import Prompt, TokensGenerated
 from common.messages.sp import (
     SegmentDropped,
@@ -167,15 +167,7 @@ class PrefillWorker:
             match command:
                 case TokensGenerated():
                     await self._shell.publish(subjects.router(command.router_id), command)
-                case (
-                    PrefillStarted()
-                    | PrefillFinished()
-                    | PrefillFailed()
-                    | DecodeStarted()
-                    | DecodeFinished()
-                    | DecodeFailed()
-                    | KvReleased()
-                ):
+                case PrefillFinished() | PrefillFailed() | DecodeFinished() | DecodeFailed() | KvReleased():
                     await self._shell.publish(subjects.SCHEDULER, command)
                 case (
                     SegmentLoaded()

@@ -14,7 +14,7 @@ def test_pauses_are_counted_and_the_long_is_the_same() -> None:
     assert figures["pauses"] == 30
     assert figures["same_first_token"]
     assert figures["same_steps"]
-    for key in ("at_worker_s", "outside_s", "short_begun_s"):
+    for key in ("at_worker_s", "outside_s", "short_waited_s"):
         assert 0 <= figures[key]["p50"] <= figures[key]["p99"] <= figures[key]["max"]
     # Nothing is between the worker and this test: its own measure is that from outside.
     assert figures["outside_s"]["max"] == pytest.approx(figures["at_worker_s"]["max"], abs=1e-6)

@@ -192,13 +192,10 @@ def test_the_scheduler_hears_of_a_short_what_workers_say_in_their_order():
         "→ RequestAccepted",
         "→ ExpectKv",
         "→ RunPrefill",
-        "PrefillStarted",
         "PrefillFinished",
-        "DecodeStarted",
         "KvReleased",
         "DecodeFinished",
         "→ ForgetRequest",
-        "KvReleased",
     ]
 
 
@@ -207,8 +204,8 @@ def test_a_short_whose_first_token_is_its_last_is_handed_over_to_nobody():
     (short,) = result.outcomes
     assert short.finished_s == short.first_token_s
     heard = [name for name in events(result, "r0") if not name.startswith("→")]
-    assert heard[:4] == ["RequestSubmitted", "PrefillStarted", "PrefillFinished", "KvReleased"]
-    assert "DecodeStarted" not in heard
+    assert heard[:3] == ["RequestSubmitted", "PrefillFinished", "KvReleased"]
+    assert "DecodeFinished" not in heard
     assert "→ DropRequest" in events(result, "r0")
     assert result.replica_busy_s["d1"] == 0.0
 
@@ -389,11 +386,8 @@ def test_without_disaggregation_a_short_decodes_where_it_prefilled():
     assert "→ ExpectKv" not in events(result, "r0")
     assert [e for e in events(result, "r0") if not e.startswith("→")] == [
         "RequestSubmitted",
-        "PrefillStarted",
         "PrefillFinished",
-        "DecodeStarted",
         "DecodeFinished",
-        "KvReleased",
     ]
 
 
@@ -517,7 +511,7 @@ def test_decisions_are_timed_and_kept_per_request():
     result = run(random_arrivals(50, seed=2), prefill=3)
     about_requests = sum(outcome.sched_s for outcome in result.outcomes)
     assert 0.0 < about_requests <= sum(result.decision_s) + 1e-12
-    assert len(result.decision_s) >= 50 * 6
+    assert len(result.decision_s) >= 50 * 4
 
 
 def test_progress_is_told_and_rises_to_the_end():

@@ -6,7 +6,7 @@ A line `TIME VERB ARGS…` is an event; lines that start with `→` are what the
 
 from __future__ import annotations
 
-from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, DecodeStarted, ExpectKv
+from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, ExpectKv
 from common.messages.prefill import DropRequest, KvReleased
 from common.messages.requests import Prompt, RequestSpec, TokensGenerated
 from common.policy.core import TimePassed
@@ -125,10 +125,8 @@ def render(command: DecodeCommand) -> str:
                 for c in command.chunks
             )
             return f"{command.router_id}: tokens {'; '.join(chunks)}"
-        case DecodeStarted():
-            return f"scheduler: started {command.request_id}/{command.attempt}"
         case DecodeFinished():
-            done = f"{command.finish_reason} generated={command.generated}"
+            done = f"{command.finish_reason} generated={command.generated} released {command.kv_tokens}"
             return f"scheduler: finished {command.request_id}/{command.attempt} {done}"
         case DecodeBusy():
             return f"scheduler: busy {command.request_id}/{command.attempt}"

@@ -19,8 +19,8 @@ from common.messages.cluster import (
     WorkerHeartbeat,
     WorkerLeft,
 )
-from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, DecodeStarted, ExpectKv
-from common.messages.prefill import DropRequest, KvReleased, PrefillFailed, PrefillFinished, PrefillStarted, RunPrefill
+from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, ExpectKv
+from common.messages.prefill import DropRequest, KvReleased, PrefillFailed, PrefillFinished, RunPrefill
 from common.messages.scheduling import (
     CancelRequested,
     RequestAccepted,
@@ -347,19 +347,13 @@ class World:
             self._progress_local(prefill, key)
         elif prefill is not None:
             del self.workers[prefill].holds[key]
-            self.send(prefill, PrefillStarted(worker_id=prefill, waited_s=0, **about))
             self.send(prefill, PrefillFinished(worker_id=prefill, compute_s=0.1, last_layer_computed_s=0, **about))
             self.send(prefill, KvReleased(worker_id=prefill, **about))
             if decode is not None:
-                self.send(
-                    decode,
-                    DecodeStarted(worker_id=decode, first_layer_received_s=0, last_layer_received_s=0, **about),
-                )
                 self.workers[decode].holds[key] = "decoding"
         elif decode is not None and self.workers[decode].holds[key] == "decoding":
             del self.workers[decode].holds[key]
             self.send(decode, DecodeFinished(worker_id=decode, finish_reason="length", generated=1, **about))
-            self.send(decode, KvReleased(worker_id=decode, **about))
             self._delivered(key)
         elif decode is not None:  # its prefill worker is gone: the reservation lapses
             self._drop(decode, key)
@@ -369,13 +363,10 @@ class World:
         about = {"worker_id": worker_id, "request_id": key[0], "attempt": key[1]}
         if self.workers[worker_id].holds[key] == "local":
             self.workers[worker_id].holds[key] = "decoding here"
-            self.send(worker_id, PrefillStarted(waited_s=0, **about))
             self.send(worker_id, PrefillFinished(compute_s=0.1, last_layer_computed_s=0, **about))
-            self.send(worker_id, DecodeStarted(first_layer_received_s=0, last_layer_received_s=0, **about))
         else:
             del self.workers[worker_id].holds[key]
             self.send(worker_id, DecodeFinished(finish_reason="length", generated=1, **about))
-            self.send(worker_id, KvReleased(**about))
             self._delivered(key)
 
     def _progress_group(self, key: Key) -> None:

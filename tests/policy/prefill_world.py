@@ -11,7 +11,7 @@ from typing import Protocol
 
 from common.messages.base import Message
 from common.messages.cluster import StepCost
-from common.messages.prefill import PrefillStarted, RunPrefill
+from common.messages.prefill import RunPrefill
 from common.messages.requests import Prompt, RequestSpec, TokensGenerated
 from common.messages.sp import LoadSegment, SegmentPart
 from common.policy.core import TimePassed
@@ -402,4 +402,7 @@ class World:
         ]
 
     def started(self) -> list[RequestId]:
-        return [message.request_id for message in self.sent if isinstance(message, PrefillStarted)]
+        """Shorts in the order in which passes took their first tokens."""
+        shorts = {request_id for request_id, _ in self.shorts}
+        begun = (s.request_id for segments in self.passes for s in segments if s.start == 0)
+        return [request_id for request_id in begun if request_id in shorts]

@@ -24,7 +24,7 @@ from common.messages.cluster import (
     WorkerLeft,
     WorkerProfile,
 )
-from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, DecodeStarted, ExpectKv
+from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, ExpectKv
 from common.messages.prefill import DropRequest, KvReleased, PrefillFailed, PrefillFinished, RunPrefill
 from common.messages.requests import Prompt, RequestSpec
 from common.messages.scheduling import (
@@ -175,8 +175,6 @@ def parse_event(verb: str, args: list[str], options: dict[str, str]) -> Schedule
             )
         case "released":
             return KvReleased(**at(name, args[1]))
-        case "decoding":
-            return DecodeStarted(**at(name, args[1]), first_layer_received_s=0, last_layer_received_s=0)
         case "decoded":
             return DecodeFinished(**at(name, args[1]), finish_reason="length", generated=16)
         case "busy":

@@ -172,18 +172,22 @@ class _World:
             case DecodeFinished(request_id=name, attempt=attempt, generated=generated):
                 assert generated == self.tokens[name, attempt] - self.specs[name, attempt].generated_before
                 assert (name, attempt) in self.finished or generated == 1
+                self._take_release(name, attempt, command.kv_tokens)
             case DecodeBusy(request_id=name, attempt=attempt):
                 self.unanswered.discard((name, attempt))
             case DecodeFailed(request_id=name, attempt=attempt):
                 assert (name, attempt) not in self.finished
             case KvReleased(request_id=name, attempt=attempt, kv_tokens=kv_tokens):
-                self.unanswered.discard((name, attempt))
-                if kv_tokens:
-                    assert kv_tokens == self.specs[name, attempt].kv_tokens
-                    assert name not in self.reserved or self.reserved[name].attempt != attempt
-                    self.released[name, attempt] += 1
-                    self.tokens.pop((name, attempt), None)
-                    self.finished.discard((name, attempt))
+                self._take_release(name, attempt, kv_tokens)
+
+    def _take_release(self, name: str, attempt: int, kv_tokens: int) -> None:
+        self.unanswered.discard((name, attempt))
+        if kv_tokens:
+            assert kv_tokens == self.specs[name, attempt].kv_tokens
+            assert name not in self.reserved or self.reserved[name].attempt != attempt
+            self.released[name, attempt] += 1
+            self.tokens.pop((name, attempt), None)
+            self.finished.discard((name, attempt))
 
     def _take_tokens(self, router: str, chunks) -> None:
         for chunk in chunks:

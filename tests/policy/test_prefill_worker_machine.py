@@ -18,8 +18,8 @@ from hypothesis.stateful import (
 )
 
 from common.messages.base import Message
-from common.messages.decode import DecodeFailed, DecodeFinished, DecodeStarted
-from common.messages.prefill import DropRequest, KvReleased, PrefillFailed, PrefillFinished, PrefillStarted
+from common.messages.decode import DecodeFailed, DecodeFinished
+from common.messages.prefill import DropRequest, KvReleased, PrefillFailed, PrefillFinished
 from common.messages.sp import (
     DropSegment,
     PauseSegment,
@@ -35,18 +35,17 @@ from common.units import RequestId
 from tests.policy.prefill_world import PLAIN_TOKEN, STOP_TOKEN, WORKER, World, load, run_prefill, spec
 
 WORDS: dict[type[Message], str] = {
-    PrefillStarted: "s",
     PrefillFinished: "f",
     PrefillFailed: "!",
-    DecodeStarted: "d",
     DecodeFinished: "e",
     DecodeFailed: "?",
     KvReleased: "r",
 }
-HANDED_OVER = re.compile("s?f?!?r")
-DECODED_HERE = re.compile("(s?!?|sf|sfd[e?]?)r")
+HANDED_OVER = re.compile("f?!?r")
+DECODED_HERE = re.compile(r"(!?|f\??)r|fe")
 """A drop ends each of them anywhere, with the last word alone."""
 
+SHORT_ENDS = (KvReleased, DecodeFinished)
 LONG_ENDS = (SegmentFinished, SegmentFailed, SegmentDropped)
 
 
@@ -190,7 +189,7 @@ class PrefillWorkerMachine(RuleBasedStateMachine):
 
     @invariant()
     def nobody_ends_twice(self) -> None:
-        ends = Counter((m.request_id, m.attempt) for m in self.world.of(KvReleased))
+        ends = Counter((m.request_id, m.attempt) for m in self.world.of(*SHORT_ENDS))
         ends += Counter((m.request_id, m.attempt) for m in self.world.of(*LONG_ENDS))
         assert all(count == 1 for count in ends.values()), ends
         words = Counter((m.request_id, m.attempt) for m in self.world.of(PrefillFinished))
@@ -214,7 +213,7 @@ class PrefillWorkerMachine(RuleBasedStateMachine):
         self.nothing_is_computed_twice()
         self.nobody_ends_twice()
         self.the_words_of_shorts_are_in_order()
-        assert {(m.request_id, m.attempt) for m in self.world.of(KvReleased)} == self.shorts
+        assert {(m.request_id, m.attempt) for m in self.world.of(*SHORT_ENDS)} == self.shorts
         assert {(m.request_id, m.attempt) for m in self.world.of(*LONG_ENDS)} == self.longs
         for failed in self.world.of(PrefillFailed):
             assert (failed.request_id, failed.attempt) in self.shorts

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from common.messages.decode import DecodeFailed, DecodeFinished, DecodeStarted
-from common.messages.prefill import DropRequest, KvReleased, PrefillFailed, PrefillFinished, PrefillStarted
+from common.messages.decode import DecodeFailed, DecodeFinished
+from common.messages.prefill import DropRequest, KvReleased, PrefillFailed, PrefillFinished
 from common.messages.requests import TokensGenerated
 from common.messages.sp import LoadSegment, PauseSegment, RunSegment, SegmentFinished, SegmentPaused, SegmentPrefilled
 from common.policy.prefill_worker import PrefillWorkerCore
@@ -56,15 +56,12 @@ def test_a_short_decodes_where_it_prefilled_and_says_what_a_decode_worker_would(
     assert world.located[RequestId("a")].location.state == "decoding"
     world.settle()
     assert [type(message) for message in world.sent if not isinstance(message, TokensGenerated)] == [
-        PrefillStarted,
         PrefillFinished,
-        DecodeStarted,
         DecodeFinished,
-        KvReleased,
     ]
     assert world.tokens_of("a") == [(0, 7), (1, 7), (2, 7)]
     assert [(m.finish_reason, m.generated) for m in world.of(DecodeFinished)] == [("length", 3)]
-    assert [m.kv_tokens for m in world.of(KvReleased)] == [103]
+    assert [m.kv_tokens for m in world.of(DecodeFinished)] == [103]
     world.require_empty()
 
 
@@ -83,7 +80,7 @@ def test_a_first_token_that_is_the_last_starts_no_decode(max_tokens: int, token:
     here(world, "a", 20, max_tokens=max_tokens)
     world.finish(token)
     assert [m.finish_reason for m in world.of(PrefillFinished)] == [reason]
-    assert not world.of(DecodeStarted, DecodeFinished, PrefillFailed)
+    assert not world.of(DecodeFinished, PrefillFailed)
     assert len(world.of(KvReleased)) == 1
     world.require_empty()
 
@@ -185,7 +182,7 @@ def test_a_later_attempt_ends_the_decode_of_the_held_one_first():
     here(world, "a", 11, attempt=1, max_tokens=2)
     assert {(h.attempt, h.phase) for h in world.core.holdings()} == {(0, "decode"), (1, "queued")}
     world.settle()
-    assert [m.attempt for m in world.of(KvReleased)] == [0, 1]
+    assert [m.attempt for m in world.of(KvReleased)] == [0]
     assert [m.attempt for m in world.of(DecodeFinished)] == [1]
     world.require_empty()
 

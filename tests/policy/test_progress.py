@@ -177,7 +177,6 @@ class Stream:
         self.tell(KvReleased(**about))
         decoded = about | {"worker_id": "d0"}
         self.tell(DecodeFinished(finish_reason="length", generated=1, **decoded))
-        self.tell(KvReleased(**decoded))
         self._serve(name)
 
 

@@ -419,7 +419,7 @@ def test_cached_times_are_those_of_slightly_more_tokens(tokens, fast_sp):
     assert cached == planner.prefill_s(tokens, (8,)) == SpPlanner(model(), fast_sp=fast_sp).prefill_s(tokens, (8,))
     exact = planner.plan(tokens, (8,)).prefill_s
     assert exact <= cached * (1 + 1e-9)
-    assert cached <= exact * 1.016**2 * 1.01
+    assert cached <= exact * 1.016**2 * 1.1, "more than one chunk more"
 
 
 def test_a_planner_answers_for_any_part_of_a_prompt():

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from common.messages.cluster import StepCost, WorkerHeartbeat, WorkerLeft
-from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, DecodeStarted, ExpectKv
+from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, ExpectKv
 from common.messages.prefill import DropRequest, KvReleased
 from common.messages.requests import Prompt, RequestSpec, TokensGenerated
 from common.runtime import subjects
@@ -26,7 +26,7 @@ SHAPE = TimedShape(
 )
 WORKER = "d0"
 
-FromWorker = WorkerHeartbeat | WorkerLeft | DecodeStarted | DecodeFinished | DecodeBusy | DecodeFailed | KvReleased
+FromWorker = WorkerHeartbeat | WorkerLeft | DecodeFinished | DecodeBusy | DecodeFailed | KvReleased
 
 
 def prompt_of(request_id: str, tokens: int) -> list[int]:
@@ -125,7 +125,9 @@ class DecodeWorld:
         return [m for m in self.said if isinstance(m, kind) and m.request_id == request_id]
 
     def released(self, request_id: str, attempt: int = 0) -> bool:
-        return any(message.attempt == attempt for message in self.heard(KvReleased, request_id))
+        """Or finished, which says as much."""
+        ends = (*self.heard(KvReleased, request_id), *self.heard(DecodeFinished, request_id))
+        return any(message.attempt == attempt for message in ends)
 
     async def kept(self) -> set[str]:
         """Request ids of the KV locations in the store."""

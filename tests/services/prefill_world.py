@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 from common.messages.base import Message
 from common.messages.cluster import StepCost, WorkerHeartbeat, WorkerLeft
-from common.messages.prefill import KvReleased, PrefillFailed, PrefillFinished, PrefillStarted, RunPrefill
+from common.messages.prefill import KvReleased, PrefillFailed, PrefillFinished, RunPrefill
 from common.messages.requests import Prompt, RequestSpec, TokensGenerated
 from common.messages.sp import (
     LoadSegment,
@@ -44,7 +44,6 @@ DRAIN_S = 2.0
 FromWorker = (
     WorkerHeartbeat
     | WorkerLeft
-    | PrefillStarted
     | PrefillFinished
     | PrefillFailed
     | KvReleased
@@ -137,6 +136,11 @@ class PrefillWorld:
             while not holds():
                 self._changed.clear()
                 await self._changed.wait()
+
+    async def until_it_computes(self, within_s: float = 60.0) -> None:
+        async with asyncio.timeout(within_s):
+            while self.worker.core.books.running is None:  # it says nothing of it to anybody
+                await asyncio.sleep(0.001)
 
     def of(self, *kinds: type[Message]) -> list[Message]:
         return [message for message in self.said if isinstance(message, kinds)]

@@ -9,7 +9,7 @@ import pytest
 
 from common.messages.cluster import WorkerLeft
 from common.messages.locations import KvLocation, WorkerLease
-from common.messages.prefill import DropRequest, KvReleased, PrefillFailed, PrefillFinished, PrefillStarted
+from common.messages.prefill import DropRequest, KvReleased, PrefillFailed, PrefillFinished
 from common.messages.sp import (
     PauseSegment,
     RunSegment,
@@ -45,7 +45,7 @@ async def test_the_kv_of_a_short_is_whole_at_the_decode_worker_and_freed_here():
     async with prefill_world() as world:
         await world.short(world.spec("a", 100))
         await world.until(lambda: bool(world.of(KvReleased)))
-        assert [type(m) for m in world.said] == [PrefillStarted, PrefillFinished, KvReleased]
+        assert [type(m) for m in world.said] == [PrefillFinished, KvReleased]
         assert world.tokens["a"] == wanted("a", 100, 1)
         assert world.decode.arrivals["a"].trailer.first_token == world.tokens["a"][0]
         following = [(await world.decode.engine.step(["a"]))[0].token_id for _ in range(3)]
@@ -296,7 +296,7 @@ async def test_unreadable_orders_disturb_nothing():
 async def test_told_to_stop_it_finishes_what_is_in_hand_and_says_farewell():
     async with prefill_world() as world:
         await world.short(world.spec("a", 400))
-        await world.until(lambda: bool(world.of(PrefillStarted)))
+        await world.until_it_computes()
         world.worker.stop()
         await world.until(lambda: bool(world.of(WorkerLeft)))
         assert [m.request_id for m in world.of(KvReleased)] == ["a"]
@@ -322,5 +322,5 @@ async def test_draining_is_bounded():
 async def test_cancelled_it_is_gone_without_a_word():
     async with prefill_world(stop=False) as world:
         await world.short(world.spec("a", 400))
-        await world.until(lambda: bool(world.of(PrefillStarted)))
+        await world.until_it_computes()
     assert not world.of(WorkerLeft)
