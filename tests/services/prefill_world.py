@@ -139,7 +139,7 @@ class PrefillWorld:
 
     async def until_it_computes(self, within_s: float = 60.0) -> None:
         async with asyncio.timeout(within_s):
-            while self.worker.core.books.running is None:  # it says nothing of it to anybody
+            while self.worker.core.books.running is None:  # noqa: ASYNC110 - it says nothing of it to anybody
                 await asyncio.sleep(0.001)
 
     def of(self, *kinds: type[Message]) -> list[Message]:
