@@ -140,7 +140,7 @@ class Replica(Worker):
     """The long that holds its prefill place (running or paused)."""
     decoding: set[RequestId] = field(default_factory=set)
     """Longs that decode here."""
-    home: LoadIndex | None = None
+    home: LoadIndex[WorkerId] | None = None
     """The one index of the cluster that has it."""
 
     @property
@@ -171,15 +171,15 @@ class Cluster:
         self.decoders: dict[WorkerId, Decoder] = {}
         self.strangers: dict[WorkerId, tuple[str, str]] = {}
         """Workers that report and cannot work with those above: incarnation, and why."""
-        self.idle = LoadIndex()
+        self.idle: LoadIndex[WorkerId] = LoadIndex()
         """Replicas without any long, by queued tokens."""
-        self.decoding = LoadIndex()
+        self.decoding: LoadIndex[WorkerId] = LoadIndex()
         """Replicas on which longs decode and none prefills, by queued tokens."""
-        self.groups: dict[RequestId, LoadIndex] = {}
+        self.groups: dict[RequestId, LoadIndex[WorkerId]] = {}
         """The replicas whose prefill place a long holds, by queued tokens. (Per long: a group of 28 that is paused
         changes one entry, not 28.)"""
-        self.standing: dict[RequestId, None] = {}
-        """Groups that are paused, or about to be."""
+        self.standing: LoadIndex[RequestId] = LoadIndex()
+        """Groups that are paused, or about to be, by the queued tokens of their least loaded replica."""
         self.running: SortedDict = SortedDict()
         """The other groups, by size, then by how long ago they were formed or paused: (members, serial) → request."""
         self._running_as: dict[RequestId, tuple[int, int]] = {}
@@ -190,7 +190,7 @@ class Cluster:
         """Those of them that have no shorts either, by node."""
         self.room_changes = 0
         """Counts what may make room for a group: who found none need not look again before."""
-        self.decoder_load = LoadIndex()
+        self.decoder_load: LoadIndex[WorkerId] = LoadIndex()
         """Decoders by reserved KV."""
         self.can_form_groups = False
         """Whether an SP coordinator is there."""
@@ -267,12 +267,14 @@ class Cluster:
             worker.home = home
             (self.seats.add if worker.long is None else self.seats.discard)(worker_id)
         home.set(worker_id, worker.queued_tokens)
+        if worker.long is not None and worker.long in self.standing:
+            self._stands(worker.long)
         if worker.is_vacant:
             self.room_changes += self.vacant.add(worker_id, worker.profile.node)
         else:
             self.vacant.discard(worker_id)
 
-    def _home_of(self, replica: Replica) -> LoadIndex:
+    def _home_of(self, replica: Replica) -> LoadIndex[WorkerId]:
         if replica.long is not None:
             return self.groups[replica.long]
         return self.decoding if replica.decoding else self.idle
@@ -283,15 +285,24 @@ class Cluster:
             return
         self._runs_not(request_id)
         if stands:
-            self.standing[request_id] = None
+            self._stands(request_id)
         else:
             self._runs(request_id)
 
+    def _stands(self, request_id: RequestId) -> None:
+        lightest = self.groups[request_id].lightest()
+        if lightest is not None:
+            self.standing.set(request_id, lightest[0])
+
     def _close_group(self, request_id: RequestId) -> None:
         """If its last replica has left it."""
-        if request_id in self.groups and not len(self.groups[request_id]):
+        if request_id not in self.groups:
+            return
+        if not len(self.groups[request_id]):
             del self.groups[request_id]
             self._runs_not(request_id)
+        elif request_id in self.standing:
+            self._stands(request_id)
 
     def _runs(self, request_id: RequestId) -> None:
         self._serial += 1
@@ -300,7 +311,7 @@ class Cluster:
         self.running[place] = request_id
 
     def _runs_not(self, request_id: RequestId) -> None:
-        self.standing.pop(request_id, None)
+        self.standing.discard(request_id)
         place = self._running_as.pop(request_id, None)
         if place is not None:
             del self.running[place]

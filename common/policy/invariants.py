@@ -171,9 +171,11 @@ def replicas_are_indexed_by_their_state(cluster: Cluster) -> None:
     homes |= {f"group of {request_id}": index for request_id, index in cluster.groups.items()}
     for request_id in cluster.groups:
         stands = _state_of(cluster, request_id) in STANDING_LONG
-        require((request_id in cluster.standing) == stands, f"{request_id}: among the groups that stand")
+        lightest = cluster.groups[request_id].lightest()
+        wanted = lightest[0] if stands and lightest is not None else None
+        require(cluster.standing.load_of(request_id) == wanted, f"{request_id}: its least load while it stands")
     running = set(cluster.running.values())
-    require(running | cluster.standing.keys() == cluster.groups.keys(), "a group runs, or stands")
+    require(running | set(cluster.standing.ids()) == cluster.groups.keys(), "a group runs, or stands")
     require(len(cluster.running) + len(cluster.standing) == len(cluster.groups), "no group does both")
     for name, replica in cluster.replicas.items():
         found = [home for home, index in homes.items() if name in index]

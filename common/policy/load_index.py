@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 from itertools import islice
+from typing import Generic, TypeVar
 
 from common.units import WorkerId
+
+KeyT = TypeVar("KeyT", bound=str)
 
 CANDIDATES_MAX = 8
 """How many of the least loaded are looked at before giving up: when these have no room for a
@@ -17,57 +20,74 @@ STALE_MAX = 32
 """Entries beside one per worker that a small index may keep before it is cleared of stale ones."""
 
 
-class LoadIndex:
-    """Worker ids ordered by load, then by id. Insert, move, discard and first: O(log n), amortized.
+class LoadIndex(Generic[KeyT]):
+    """Ids (of workers, of groups) ordered by load, then by id. Insert, move, discard and first: O(log n), amortized.
 
     A heap in which former loads stay until they come up: loads change at every event, and hardly more than the
     lightest worker is ever asked for.
     """
 
     def __init__(self) -> None:
-        self._load: dict[WorkerId, int] = {}
-        self._heap: list[tuple[int, WorkerId]] = []
-        """An entry is stale unless it says the worker's load. One may stand there twice."""
+        self._load: dict[KeyT, int] = {}
+        self._heap: list[tuple[int, KeyT]] = []
+        """An entry is stale unless it says the load. One may stand there twice."""
 
-    def set(self, worker_id: WorkerId, load: int) -> None:
-        if self._load.get(worker_id) == load:
+    def set(self, key: KeyT, load: int) -> None:
+        if self._load.get(key) == load:
             return
-        self._load[worker_id] = load
+        self._load[key] = load
         heap = self._heap
-        heappush(heap, (load, worker_id))
+        heappush(heap, (load, key))
         if len(heap) > 2 * len(self._load) + STALE_MAX:
-            heap[:] = [(load, worker_id) for worker_id, load in self._load.items()]
+            heap[:] = [(load, key) for key, load in self._load.items()]
             heapify(heap)
 
-    def discard(self, worker_id: WorkerId) -> None:
-        self._load.pop(worker_id, None)
+    def discard(self, key: KeyT) -> None:
+        self._load.pop(key, None)
 
-    def least(self, count: int = CANDIDATES_MAX) -> Iterator[WorkerId]:
-        """The `count` least loaded, lightest first. Nothing may change meanwhile."""
+    def load_of(self, key: KeyT) -> int | None:
+        """None: it is not here."""
+        return self._load.get(key)
+
+    def lightest(self) -> tuple[int, KeyT] | None:
+        """The first, with its load."""
         heap, loads = self._heap, self._load
-        while heap and loads.get(heap[0][1]) != heap[0][0]:
+        while heap:
+            first = heap[0]
+            if loads.get(first[1]) == first[0]:
+                return first
             heappop(heap)
-        # From here on the heap is walked as it stands, from its root: a parent comes before its children.
-        walk = [(heap[0], 0)] if heap else []
-        last: tuple[int, WorkerId] | None = None
-        while walk and count > 0:
+        return None
+
+    def least(self, count: int = CANDIDATES_MAX) -> Iterator[KeyT]:
+        """The `count` least loaded, lightest first. Nothing may change meanwhile."""
+        last = self.lightest()
+        if last is None or count < 1:
+            return
+        yield last[1]
+        # Hardly anybody asks on. The heap is walked as it stands, from its root: a parent comes before its children.
+        heap, loads = self._heap, self._load
+        walk, place = list[tuple[tuple[int, KeyT], int]](), 0
+        while count > 1:
+            for child in (2 * place + 1, 2 * place + 2):
+                if child < len(heap):
+                    heappush(walk, (heap[child], child))
+            if not walk:
+                return
             entry, place = heappop(walk)
             if entry != last and loads.get(entry[1]) == entry[0]:
                 last = entry
                 count -= 1
                 yield entry[1]
-            for child in (2 * place + 1, 2 * place + 2):
-                if child < len(heap):
-                    heappush(walk, (heap[child], child))
 
-    def ids(self) -> Iterator[WorkerId]:
+    def ids(self) -> Iterator[KeyT]:
         return iter(self._load)
 
     def __len__(self) -> int:
         return len(self._load)
 
-    def __contains__(self, worker_id: WorkerId) -> bool:
-        return worker_id in self._load
+    def __contains__(self, key: KeyT) -> bool:
+        return key in self._load
 
 
 class NodeIndex:

@@ -134,7 +134,7 @@ class PecSchedPolicy:
         decoder = decoder_for(cluster, decode_slot_tokens(request.spec.kv_tokens))
         if decoder is None and self._config.disaggregation:
             return None
-        place = place_short(cluster, self._config, request, now_s)
+        place = place_short(cluster, self._config, self._bounds, request, now_s)
         if isinstance(place, NoPlace):
             self._retry_s = place.retry_s
             return None

@@ -113,11 +113,14 @@ def group_for_long(
     is to take also replicas with shorts, which finish these first and get no more.
     """
     seats_max = min(seats_max, config.group_max)
-    if request.spec.kv_tokens > seats_max * cluster.kv_max("prefill") or not cluster.can_form_groups:
+    kv_max = cluster.kv_max("prefill")
+    if request.spec.kv_tokens > seats_max * kv_max or not cluster.can_form_groups:
         return ()
     if config.group_max == 1:
         return _single(cluster, request.spec.kv_tokens)
     places = _least_queued_seats(cluster) if drain else cluster.vacant
+    if request.spec.kv_tokens > len(places) * kv_max:
+        return ()
     left, by_node, members = seats_max, [], []
     for size, node in places.largest():
         by_node.append(min(size, left))
@@ -153,8 +156,10 @@ def _single(cluster: Cluster, kv_tokens: int) -> tuple[WorkerId, ...]:
     return ()
 
 
-def place_short(cluster: Cluster, config: SchedulerConfig, request: Request, now_s: float) -> Place | NoPlace:
-    """The cascade. Looks at a bounded number of replicas per rule."""
+def place_short(
+    cluster: Cluster, config: SchedulerConfig, bounds: PauseBounds, request: Request, now_s: float
+) -> Place | NoPlace:
+    """The cascade. Looks at a bounded number of replicas per rule. `bounds`: `bounds_of(config)`."""
     free = _least_queued(cluster, config, request)
     wait_s = _wait_s(free, config) if free else float("inf")
     if free and wait_s <= config.wait_instead_of_pause_s:
@@ -162,7 +167,7 @@ def place_short(cluster: Cluster, config: SchedulerConfig, request: Request, now
     shared = _by_sharing(cluster, config, request)
     if shared:
         return shared
-    paused = _by_pausing(cluster, config, request, wait_s, now_s) if config.preemption else NoPlace()
+    paused = _by_pausing(cluster, config, bounds, request, wait_s, now_s) if config.preemption else NoPlace()
     if isinstance(paused, Place):
         return paused
     return _behind_others(cluster, config, request, free) or paused
@@ -205,22 +210,27 @@ def _behind_others(cluster: Cluster, config: SchedulerConfig, request: Request, 
 
 
 def _by_pausing(
-    cluster: Cluster, config: SchedulerConfig, request: Request, free_wait_s: float, now_s: float
+    cluster: Cluster,
+    config: SchedulerConfig,
+    bounds: PauseBounds,
+    request: Request,
+    free_wait_s: float,
+    now_s: float,
 ) -> Place | NoPlace:
     """Rule 3: a replica whose long is paused already, if the short starts soon there; else one more to pause,
     so that what waits is spread over the replicas; else behind the others on a paused one."""
-    bounds = bounds_of(config)
-    paused = _paused_already(cluster, config, request, free_wait_s, now_s)
+    paused = _paused_already(cluster, config, bounds, request, free_wait_s, now_s)
     if paused and _wait_s(paused, config) <= config.wait_instead_of_pause_s:
         return Place(paused, "paused")
     to_pause: Replica | None = None
     least: tuple[int, float] | None = None
     retry_s: float | None = None
-    for replica in _running(cluster):
-        if not (_fits(replica, request, config) and _has_batch_room(replica, request, config)):
+    for long, replica in _running(cluster):
+        if least is not None and len(long.members) > least[0]:
+            break  # the smallest come first
+        if long.pauses is None or long.state is not RequestState.RUNNING:
             continue
-        long = cluster.requests[replica.long] if replica.long else None
-        if long is None or long.pauses is None or long.state is not RequestState.RUNNING:
+        if not (_fits(replica, request, config) and _has_batch_room(replica, request, config)):
             continue
         needed_s = _wait_s(replica, config) + _run_s(replica, request)
         pausable_s = long.pauses.pausable_from_s(now_s, needed_s, bounds)
@@ -236,34 +246,35 @@ def _by_pausing(
 
 
 def _paused_already(
-    cluster: Cluster, config: SchedulerConfig, request: Request, free_wait_s: float, now_s: float
+    cluster: Cluster,
+    config: SchedulerConfig,
+    bounds: PauseBounds,
+    request: Request,
+    free_wait_s: float,
+    now_s: float,
 ) -> Replica | None:
     """The least queued replica whose long stands still for long enough."""
-    groups = [cluster.groups[request_id] for request_id in islice(cluster.standing, GROUPS_MAX)]
-    found = [cluster.replicas[worker_id] for group in groups for worker_id in group.least(PER_GROUP)]
-    for replica in sorted(found, key=_by_queue):
-        long = cluster.requests[replica.long] if replica.long else None
-        if long is None or long.pauses is None or not _fits(replica, request, config):
+    for request_id in cluster.standing.least(GROUPS_MAX):
+        pauses = cluster.requests[request_id].pauses
+        if pauses is None:
             continue
-        wait_s = _wait_s(replica, config)
-        if (
-            _has_batch_room(replica, request, config)
-            and wait_s < free_wait_s
-            and wait_s + _run_s(replica, request) <= long.pauses.pause_left_s(now_s, bounds_of(config))
-        ):
-            return replica
+        left_s = pauses.pause_left_s(now_s, bounds)
+        for worker_id in cluster.groups[request_id].least(PER_GROUP):
+            replica = cluster.replicas[worker_id]
+            wait_s = _wait_s(replica, config)
+            if wait_s >= free_wait_s or wait_s + _run_s(replica, request) > left_s:
+                break  # those with more to do start later still
+            if _fits(replica, request, config) and _has_batch_room(replica, request, config):
+                return replica
     return None
 
 
-def _running(cluster: Cluster) -> Iterator[Replica]:
-    """The least queued replica of each group that prefills; a bounded number of groups, the smallest first."""
+def _running(cluster: Cluster) -> Iterator[tuple[Request, Replica]]:
+    """Each long that prefills with the least queued replica of its group; a bounded number, the smallest first."""
     for request_id in islice(cluster.running.values(), GROUPS_MAX):
-        for worker_id in cluster.groups[request_id].least(1):
-            yield cluster.replicas[worker_id]
-
-
-def _by_queue(replica: Replica) -> tuple[int, WorkerId]:
-    return replica.queued_tokens, replica.worker_id
+        lightest = cluster.groups[request_id].lightest()
+        if lightest is not None:
+            yield cluster.requests[request_id], cluster.replicas[lightest[1]]
 
 
 def _fits(replica: Replica, request: Request, config: SchedulerConfig) -> bool:

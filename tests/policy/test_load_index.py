@@ -18,7 +18,7 @@ WORKERS = [WorkerId(f"w{number:02d}") for number in range(40)]
 @pytest.mark.parametrize("seed", range(20))
 def test_the_least_loaded_come_first_whatever_happened_before(seed: int) -> None:
     rng = random.Random(seed)
-    index, plain = LoadIndex(), dict[WorkerId, int]()
+    index, plain = LoadIndex[WorkerId](), dict[WorkerId, int]()
     workers = WORKERS[: rng.randint(1, len(WORKERS))]
     for _ in range(1_500):
         worker_id = rng.choice(workers)
@@ -31,12 +31,13 @@ def test_the_least_loaded_come_first_whatever_happened_before(seed: int) -> None
         count = rng.choice((0, 1, 3, 8, 100))
         expected = [w for _, w in sorted((load, w) for w, load in plain.items())][:count]
         assert list(index.least(count)) == expected
+        assert index.lightest() == min(((load, w) for w, load in plain.items()), default=None)
         assert len(index) == len(plain)
         assert sorted(index.ids()) == sorted(plain)
 
 
 def test_loads_that_go_to_and_fro_take_no_more_room() -> None:
-    index = LoadIndex()
+    index = LoadIndex[WorkerId]()
     for turn in range(10_000):
         index.set(WORKERS[turn % 7], turn % 3)
     assert len(index._heap) <= 2 * 7 + STALE_MAX
