@@ -58,6 +58,7 @@ class Request(msgspec.Struct, eq=False):
     """An accepted request that has not ended."""
 
     spec: RequestSpec
+    """Set by `take` alone."""
     length_class: LengthClass
     order: int
     """Place in the queue: rank of its first submission. Kept over interruptions."""
@@ -69,23 +70,23 @@ class Request(msgspec.Struct, eq=False):
     members: tuple[WorkerId, ...] = ()
     pauses: PauseAccount | None = None
     """Of a long, from the forming of its group."""
+    # What follows from the above, kept because every decision asks for it many times:
+    request_id: RequestId = RequestId("")
+    key: HoldKey = (RequestId(""), 0)
+    is_long: bool = False
+    tokens: int = 0
+    """Its length in every queue."""
 
-    @property
-    def request_id(self) -> RequestId:
-        return self.spec.request_id
+    def __post_init__(self) -> None:
+        self.is_long = self.length_class == "long"
+        self.take(self.spec)
 
-    @property
-    def key(self) -> HoldKey:
-        return (self.spec.request_id, self.spec.attempt)
-
-    @property
-    def is_long(self) -> bool:
-        return self.length_class == "long"
-
-    @property
-    def tokens(self) -> int:
-        """Its length in every queue."""
-        return self.spec.prompt.tokens
+    def take(self, spec: RequestSpec) -> None:
+        """Its first attempt, or a later one."""
+        self.spec = spec
+        self.request_id = spec.request_id
+        self.key = (spec.request_id, spec.attempt)
+        self.tokens = spec.prompt.tokens
 
     @property
     def workers(self) -> tuple[WorkerId, ...]:
@@ -113,18 +114,21 @@ class Worker:
 
     profile: WorkerProfile
     heard_s: float
+    worker_id: WorkerId = field(init=False)
+    kv_free: int = field(init=False)
     held: dict[HoldKey, Reservation] = field(default_factory=dict)
     kv_reserved: int = 0
     suspected: bool = False
     """Somebody could not reach it: it gets no work until its next heartbeat, or is lost."""
 
-    @property
-    def worker_id(self) -> WorkerId:
-        return self.profile.worker_id
+    def __post_init__(self) -> None:
+        self.worker_id = self.profile.worker_id
+        self.kv_free = self.profile.kv_capacity_tokens
 
-    @property
-    def kv_free(self) -> int:
-        return self.profile.kv_capacity_tokens - self.kv_reserved
+    def set_aside(self, tokens: int) -> None:
+        """KV; below 0: given back."""
+        self.kv_reserved += tokens
+        self.kv_free -= tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -322,7 +326,7 @@ class Cluster:
         if key in worker.held:
             raise InvariantViolated(f"{key} is reserved twice on {worker.worker_id}")
         worker.held[key] = Reservation(tokens=tokens, ordered_s=now_s)
-        worker.kv_reserved += tokens
+        worker.set_aside(tokens)
         if isinstance(worker, Decoder):
             self._reindex(worker)
 
@@ -333,7 +337,7 @@ class Cluster:
             return False
         reservation = worker.held.pop(key, None)
         if reservation is not None:
-            worker.kv_reserved -= reservation.tokens
+            worker.set_aside(-reservation.tokens)
         if isinstance(worker, Replica):
             request = self.requests.get(key[0])
             self.room_changes += request is None or request.is_long

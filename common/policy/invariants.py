@@ -61,6 +61,8 @@ def kv_is_exact_and_under_its_cap(cluster: Cluster) -> None:
     for worker in cluster.workers():
         name, total = worker.worker_id, sum(r.tokens for r in worker.held.values())
         require(worker.kv_reserved == total, f"{name}: KV {worker.kv_reserved} != sum {total}")
+        free = worker.profile.kv_capacity_tokens - total
+        require(worker.kv_free == free, f"{name}: free KV {worker.kv_free} != {free}")
         require(total <= worker.profile.kv_capacity_tokens, f"{name}: {total} tokens of KV exceed its capacity")
         if isinstance(worker, Decoder):
             require(len(worker.held) <= worker.profile.rows_max, f"{name}: more rows than it has")

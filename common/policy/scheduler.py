@@ -202,7 +202,7 @@ class Scheduler:
     def _resubmit(self, request: Request, spec: RequestSpec) -> None:
         """A later attempt supersedes the running one; the request keeps its class and its place."""
         self._ledger.abandon(request)
-        request.spec = spec
+        request.take(spec)
         if spec.attempt > self._config.attempts_max:
             times = f"interrupted {spec.attempt} times, which is more than attempts_max allows"
             self._ledger.fail(request, f"{times}; try again later", True)

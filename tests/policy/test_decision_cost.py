@@ -77,7 +77,7 @@ def costs_of(policy: str, replicas: int) -> dict[str, int]:
 def test_the_cost_of_a_decision_does_not_grow_with_the_cluster(policy: str) -> None:
     small, large = costs_of(policy, 16), costs_of(policy, 256)
     for event, calls in large.items():
-        assert calls <= 1.6 * small[event], f"{event}: {small[event]} calls with 16 replicas, {calls} with 256"
+        assert calls <= 1.7 * small[event], f"{event}: {small[event]} calls with 16 replicas, {calls} with 256"
 
 
 @pytest.mark.parametrize("policy", ["fifo", "reservation"])
