@@ -367,10 +367,14 @@ class PrefillWorker:
         try:
             result = await compute()
         except EngineError as error:
-            log.error("a pass failed", error=str(error), exc_info=error)
+            if isinstance(error, GroupBroken):  # somebody else's fault: no trace of it leads anywhere
+                log.warning("a pass failed: its group broke", error=str(error))
+            else:
+                log.error("a pass failed", error=str(error), exc_info=error)
             self._pass_ended(PassFailed(pass_id=pass_id, reason=str(error)))
             return
         if (lost := result.broken_off) is not None:
+            log.warning("a pass goes on without a group that broke", request_id=lost.request_id, error=lost.reason)
             self._shell.tell(BrokeOff(pass_id=pass_id, request_id=lost.request_id, reason=lost.reason))
         if not result.finished:
             self._pass_ended(PassStopped(pass_id=pass_id, steps_done=result.steps_done, compute_s=result.compute_s))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -88,13 +89,14 @@ class Served:
         self.asked.append(question)
         return question
 
-    def kill(self, role: str) -> bool:
-        """Whatever runs under this name now. False: nothing does, it is just being restarted."""
+    def kill(self, role: str, how: signal.Signals = signal.SIGKILL) -> bool:
+        """Whatever runs under this name now; or stop it, or let it go on. False: nothing does, it is just being
+        restarted."""
         killed = False
         for child in psutil.Process(self.running.process.pid).children():
             with suppress(psutil.Error):
                 if role in (child.environ().get("PECSCHED_WORKER_ID"), child.cmdline()[-1], child.name()[: len(role)]):
-                    child.kill()
+                    child.send_signal(how)
                     killed = True
         return killed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 
 import pytest
 
@@ -104,6 +105,35 @@ async def test_ten_longs_whose_clients_left_do_not_hold_up_a_short(running):
         assert not any(request.length_class == "long" for request in view.requests)
         assert view.counters.get("pauses", 0) == 0, "a cancelled long was still there to be paused"
         await served.settled()
+
+
+@pytest.mark.skipif("not config.getoption('--nightly')", reason="half a minute each; in virtual time in tests/cluster")
+@pytest.mark.parametrize("name", ["prefill-0", "prefill-1"])
+@pytest.mark.parametrize("phase", ["prefilling", "decoding"])
+async def test_a_worker_that_hangs_costs_the_group_its_lease_and_nothing_else(tmp_path, measured, phase, name):
+    with serving(tmp_path, "--group-max", "2") as running:
+        async with clients(running) as served:
+            long = served.ask(VERY_LONG, 60)
+            if phase == "decoding":
+                await asyncio.wait_for(long.began.wait(), HANG_S)
+            else:
+                await served.until(lambda view: any(r.state == "running" for r in view.requests))
+            view = await served.until(bool)
+            assert len(view.requests[0].workers) == 2
+            assert served.kill(name, signal.SIGSTOP)
+            fault_s = asyncio.get_running_loop().time()
+            shorts = [served.ask(60, 5) for _ in range(4)]
+            await served.ended([long, *shorts], HANG_S)
+            for question in [long, *shorts]:
+                question.check()
+                assert not question.error
+            last_s = max(short.ended_s or 0.0 for short in shorts)
+            measured(
+                f"{name} hangs while a group is {phase}: the last short was served after {last_s - fault_s:.1f} s, the "
+                f"long after {(long.ended_s or 0.0) - fault_s:.1f} s"
+            )
+            assert served.kill(name, signal.SIGCONT)
+            await check_serves_again(served)
 
 
 @pytest.mark.skipif("not config.getoption('--nightly')", reason="two minutes each")
