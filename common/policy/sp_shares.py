@@ -13,7 +13,8 @@ place each, where every rank owns; Ulysses or Megatron alone is a mesh of one no
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
+from typing import NamedTuple
 
 from common.messages.groups import GroupScheme
 
@@ -118,12 +119,26 @@ class Shares:
         return rank
 
 
+Range = tuple[int, int]
+"""[begin, end)."""
+
+
+class HeadRun(NamedTuple):
+    """Neighbouring heads of a share of which as many query heads attend to each KV head: what a kernel takes at a time.
+    Counted from the share's first of each kind."""
+
+    query: Range
+    kv: Range
+
+
 @dataclass(frozen=True, slots=True)
 class HeadShare:
-    """The attention heads of one place of a node: [begin, end) of each kind."""
+    """The attention heads of one place of a node."""
 
-    kv: tuple[int, int]
-    query: tuple[int, int]
+    query: Range
+    kv: Range
+    """All that its query heads attend to; a neighbour may hold a copy of the first or the last."""
+    runs: tuple[HeadRun, ...]
 
     @property
     def kv_heads(self) -> int:
@@ -139,25 +154,28 @@ class HeadShare:
 
 
 def head_shares(query_heads: int, kv_heads: int, degree: int) -> tuple[HeadShare, ...]:
-    """Deal the heads out over `degree` places, by place. KV heads as evenly as possible, and with each the query heads
-    that attend to it. Where there are more places than KV heads, the places are dealt out to these, and those of one
-    KV head hold a copy of it each and split its query heads; a place for which no query head is left has nothing to do
-    (never the first)."""
+    """Deal the query heads out over `degree` places as evenly as they go, and with them the KV heads they attend to:
+    one that several places need is on each of them. A place for which no query head is left (never the first) has
+    nothing to do."""
     group = query_heads // kv_heads
-    if degree <= kv_heads:
-        kv = [part_of(kv_heads, degree, rank) for rank in range(degree)]
-        return tuple(HeadShare((begin, end), (begin * group, end * group)) for begin, end in kv)
     shares = []
-    for head in range(kv_heads):
-        first, last = part_of(degree, kv_heads, head)
-        for number in range(last - first):
-            begin, end = part_of(group, last - first, number)
-            query = (head * group + begin, head * group + end)
-            shares.append(HeadShare((head, head + (begin < end)), query))
+    for place in range(degree):
+        query = begin, end = part_of(query_heads, degree, place)
+        kv = (begin // group, (end - 1) // group + 1) if begin < end else (0, 0)
+        shares.append(HeadShare(query, kv, _runs(query, kv, group)))
     return tuple(shares)
 
 
-def part_of(things: int, parts: int, number: int) -> tuple[int, int]:
+def _runs(query: Range, kv: Range, group: int) -> tuple[HeadRun, ...]:
+    counts = [min(query[1], (head + 1) * group) - max(query[0], head * group) for head in range(*kv)]
+    runs, at, kv_at = [], 0, 0
+    for count, heads in ((count, len(list(same))) for count, same in groupby(counts)):
+        runs.append(HeadRun((at, at + count * heads), (kv_at, kv_at + heads)))
+        at, kv_at = at + count * heads, kv_at + heads
+    return tuple(runs)
+
+
+def part_of(things: int, parts: int, number: int) -> Range:
     """[begin, end) of part `number` of so many things, dealt out in parts as equal as can be, the larger ones first."""
     size, larger = divmod(things, parts)
     begin = number * size + min(number, larger)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from services.engine.attention_kernels import attend
+from common.policy.sp_shares import HeadShare
+from services.engine.attention_kernels import Attention, attend
 from services.engine.batch import Packed, RaggedBatch
 
 NAME = "pecsched"
@@ -71,6 +72,21 @@ def _attend_segment(row: Packed, layer: int, query: Tensor, key: Tensor, value: 
         return row.group.attend(kv, layer, query, key, value, scaling)
     kv.write(layer, row.start, key[0], value[0])
     return attend_at_end(query, *kv.read(layer, 0, row.start + row.tokens), scaling)[0]
+
+
+def attend_share(
+    heads: HeadShare, attention: Attention, query: Tensor, keys: Tensor, values: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """By `attention` (`attend` or `attend_at_end`) on a share of the heads, of which some KV heads may have fewer query
+    heads than others: run by run."""
+    parts = [
+        attention(query[:, slice(*run.query)], keys[:, slice(*run.kv)], values[:, slice(*run.kv)], scaling)
+        for run in heads.runs
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, dim=1), torch.cat(lses, dim=1)
 
 
 def attend_at_end(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

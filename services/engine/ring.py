@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from services.engine.attention import attend_at_end, merge_attention
+from services.engine.attention import attend_at_end, attend_share, merge_attention
 from services.engine.attention_kernels import attend
 from services.engine.kv_cache import SequenceKv
 
@@ -28,14 +28,14 @@ def ring_attention(group: GroupPass, kv: SequenceKv, layer: int, query: Tensor, 
     """Attention of the node's tokens to the whole sequence so far. Their own keys and values are in `kv`.
 
     `query` and result: [1, query heads of the place, tokens of the node, head_dim]. Raises: GroupBroken."""
-    if not query.shape[1]:
-        return query  # no head is left for this place, here and in every other node
+    if not group.heads.query_heads:
+        return query  # none is left for this place, here and in every other node
     query = query.contiguous()
     if group.node_tokens or group.rank == 0:
         for rank in group.peers():
             group.send(rank, [query])
     keys, values = kv.read(layer, 0, group.past(group.node) + group.kept(group.node))
-    own = attend_at_end(query, keys, values, scaling) if group.node_tokens else None
+    own = attend_share(group.heads, attend_at_end, query, keys, values, scaling) if group.node_tokens else None
     for rank in group.peers():
         _serve(group, rank, query, keys, values, scaling)
     return query if own is None else _collect(group, *own)
@@ -50,7 +50,7 @@ def _serve(group: GroupPass, rank: int, query: Tensor, keys: Tensor, values: Ten
     (theirs,) = group.receive(rank, [(1, query.shape[1], tokens, query.shape[3])], query)
     seen = _seen(group, group.node, node)
     if tokens and seen:
-        partial = attend(theirs, keys[:, :, :seen], values[:, :, :seen], scaling)
+        partial = attend_share(group.heads, attend, theirs, keys[:, :, :seen], values[:, :, :seen], scaling)
         group.decide()
         group.send(rank, partial)
 

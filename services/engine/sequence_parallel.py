@@ -103,6 +103,11 @@ class GroupPass:
         return self.shared.heads[self.mesh.place(rank)]
 
     @property
+    def heads(self) -> HeadShare:
+        """Of this rank."""
+        return self.shared.heads[self.place]
+
+    @property
     def splits_weights(self) -> bool:
         """Whether the ranks of a node share out linear work, in one stage or both."""
         stages = (self.scheme.attention, self.scheme.mlp)
@@ -185,7 +190,7 @@ class GroupPass:
     ) -> None:
         """`attend` where nothing is computed here, for others' sake. The tensors have no tokens, and all heads."""
         if self.splits_weights and self.scheme.attention == "megatron":
-            heads = self.heads_of(self.rank)
+            heads = self.heads
             query, key, value = query[:, slice(*heads.query)], key[:, slice(*heads.kv)], value[:, slice(*heads.kv)]
         self.attend(kv, layer, query, key, value, scaling)
 

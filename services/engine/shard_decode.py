@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from services.engine.attention import merge_attention
+from services.engine.attention import attend_share, merge_attention
 from services.engine.attention_kernels import attend
 from services.engine.kv_cache import SequenceKv
 
@@ -29,10 +29,10 @@ def ask(
         if group.kept(group.mesh.node(rank)):
             asked += [key[:, slice(*heads.kv)], value[:, slice(*heads.kv)]]
         group.send(rank, asked)
-    mine = group.heads_of(0)
+    mine = group.heads
     if group.kept(0):
         kv.write(layer, group.past(0), key[0, slice(*mine.kv)], value[0, slice(*mine.kv)])
-    own = attend(query[:, slice(*mine.query)], *kv.read(layer, 0, _seen(group, 0)), scaling)
+    own = attend_share(mine, attend, query[:, slice(*mine.query)], *kv.read(layer, 0, _seen(group, 0)), scaling)
     out = query.new_empty(query.shape)
     for place in range(group.mesh.per_node):
         heads = group.heads_of(place)
@@ -58,7 +58,7 @@ def lend(
 ) -> None:
     """A follower: attention of rank 0's token over the keys here. `query`, `key`, `value` have no tokens; they say what
     their kind is like. Raises: GroupBroken."""
-    heads, head_dim = group.heads_of(group.rank), query.shape[3]
+    heads, head_dim = group.heads, query.shape[3]
     keeps = group.kept(group.node)
     shapes = [(1, heads.query_heads, 1, head_dim)] + [(1, heads.kv_heads, 1, head_dim)] * (2 * keeps)
     theirs, *new = group.receive(0, shapes, query)
@@ -66,7 +66,7 @@ def lend(
         kv.write(layer, group.past(group.node), new[0][0], new[1][0])
     seen = _seen(group, group.node)
     if seen and heads.query_heads:
-        group.send(0, attend(theirs, *kv.read(layer, 0, seen), scaling))
+        group.send(0, attend_share(heads, attend, theirs, *kv.read(layer, 0, seen), scaling))
 
 
 def _seen(group: GroupPass, node: int) -> int:

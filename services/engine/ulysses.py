@@ -22,7 +22,7 @@ def ulysses_attention(
     group: GroupPass, kv: SequenceKv, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
 ) -> Tensor:
     """See `GroupPass.attend`."""
-    mine, head_dim = group.heads_of(group.rank), query.shape[3]
+    mine, head_dim = group.heads, query.shape[3]
     if group.own_tokens or group.rank == 0:
         for rank in group.mates():
             theirs = group.heads_of(rank)

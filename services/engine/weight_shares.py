@@ -18,10 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.policy.sp_shares import HeadShare, head_shares, part_of
+from common.policy.sp_shares import HeadShare, Range, head_shares, part_of
 from services.engine.model import LoadedModel
-
-Range = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,8 +86,8 @@ async def test_kv_is_reserved_by_share(llama: LoadedModel) -> None:
     prompt = list(range(3, 104))
     await group.open("ring", prompt, 10, RING)
     assert [rank.engine.kv_used_tokens for rank in group.ranks] == [56, 56]  # 111 halved
-    await group.open("ulysses", prompt, 10, ULYSSES_2)  # 2 and 1 of 3 KV heads
-    assert [rank.engine.kv_used_tokens for rank in group.ranks] == [56 + 74, 56 + 37]
+    await group.open("ulysses", prompt, 10, ULYSSES_2)  # 2 of 3 KV heads each: both need the second
+    assert [rank.engine.kv_used_tokens for rank in group.ranks] == [56 + 74, 56 + 74]
     with pytest.raises(EngineError, match="already open"):
         await group.open("ring", prompt, 10, RING)
     for at in range(5):

@@ -30,7 +30,6 @@ def test_a_bias_of_the_projection_back_is_added_once(tmp_path: Path) -> None:
     folder = tiny_model("llama", tmp_path / "m", attention_bias=True, mlp_bias=True)
     model = load_model(folder, dtype="float32", device="cpu")
     shares, layer = WeightShares(model), model.decoder.layers[0]
-    whole = torch.randn(1, 4, 72)
     for name, back, width in (("attention", layer.self_attn.o_proj, 72), ("mlp", layer.mlp.down_proj, 96)):
         parts = [getattr(shares.of(2, place)[0], name) for place in range(2)]
         ends = [part.o_proj if name == "attention" else part.down_proj for part in parts]
@@ -39,7 +38,6 @@ def test_a_bias_of_the_projection_back_is_added_once(tmp_path: Path) -> None:
         given = torch.randn(1, 4, width)
         sums = ends[0](given[..., : widths[0]]) + ends[1](given[..., widths[0] :])
         torch.testing.assert_close(sums, back(given))
-        assert sums.shape == whole.shape
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.messages.groups import RING, GroupScheme
+from common.policy.model_shapes import split_heads
 from common.policy.sp_shares import (
     Mesh,
     Shares,
@@ -112,22 +113,38 @@ def test_every_query_head_has_one_rank_which_holds_its_kv_head(kv_heads: int, gr
     assert len(shares) == degree
     served = [head for share in shares for head in range(*share.query)]
     assert served == list(range(kv_heads * group))
+    assert shares[0].query_heads == -(-kv_heads * group // degree)
+    assert shares[0].query_heads - shares[-1].query_heads <= 1
     for share in shares:
         assert {head // group for head in range(*share.query)} == set(range(*share.kv))
-        assert share.query_heads % max(1, share.kv_heads) == 0  # as many to each: what the kernels need
-    if degree <= kv_heads:
-        assert max(share.kv_heads for share in shares) - min(share.kv_heads for share in shares) <= 1
+        assert len(share.runs) <= 3
+        attended = [
+            (share.query[0] + run.query[0] + at, share.kv[0] + run.kv[0] + at // each)
+            for run in share.runs
+            for each in [(run.query[1] - run.query[0]) // (run.kv[1] - run.kv[0])]
+            for at in range(run.query[1] - run.query[0])
+        ]
+        assert attended == [(head, head // group) for head in range(*share.query)]
+    if degree <= kv_heads * group:  # the costs of plans follow the same rule
+        split = split_heads(kv_heads * group, kv_heads, degree)
+        assert split.heads_max == max(share.query_heads for share in shares)
+        assert split.kv_heads_max == max(share.kv_heads for share in shares)
+        assert split.kv_copies == sum(share.kv_heads for share in shares)
 
 
 def test_heads_by_example() -> None:
-    assert [(s.kv, s.query) for s in head_shares(9, 3, 2)] == [((0, 2), (0, 6)), ((2, 3), (6, 9))]
+    first, second = head_shares(9, 3, 2)
+    assert (first.query, first.kv, second.query, second.kv) == ((0, 5), (0, 2), (5, 9), (1, 3))
+    assert first.runs == (((0, 3), (0, 1)), ((3, 5), (1, 2)))
+    assert second.runs == (((0, 1), (0, 1)), ((1, 4), (1, 2)))
+    assert [share.runs for share in head_shares(8, 4, 2)] == [(((0, 4), (0, 2)),)] * 2  # even: as the kernel likes it
     replicated = head_shares(9, 3, 4)
     assert [(s.kv, s.query) for s in replicated] == [
-        ((0, 1), (0, 2)),
-        ((0, 1), (2, 3)),
-        ((1, 2), (3, 6)),
-        ((2, 3), (6, 9)),
+        ((0, 1), (0, 3)),
+        ((1, 2), (3, 5)),
+        ((1, 3), (5, 7)),
+        ((2, 3), (7, 9)),
     ]
-    assert [s.reserved_tokens(100, 3) for s in replicated] == [34, 34, 34, 34]
-    idle = head_shares(4, 4, 5)[1]
+    assert [s.reserved_tokens(100, 3) for s in replicated] == [34, 34, 67, 34]
+    idle = head_shares(4, 4, 5)[4]
     assert (idle.kv_heads, idle.query_heads, idle.reserved_tokens(100, 4)) == (0, 0, 0)
