@@ -150,7 +150,10 @@ async def test_two_longs_on_overlapping_groups_and_shorts_meanwhile(folder):
     async with torch_cluster(folder, prefill=3, group_max=3, **options) as c:
         first = c.ask(prompts[0], expected[0])
         await c.until(lambda: c.crashed or len(first.tokens) > 3)
-        for prompt, tokens in list(zip(prompts, expected, strict=True))[1:]:
+        second = c.ask(prompts[1], expected[1])
+        assert await reach(c, second, "prefilling") == "prefilling"
+        assert not first.ended
+        for prompt, tokens in list(zip(prompts, expected, strict=True))[2:]:
             c.ask(prompt, tokens)
             await asyncio.sleep(rng.uniform(0.0, 0.03))
         await c.until(lambda: c.crashed or all(answer.ended for answer in c.answers), 60.0)
