@@ -131,6 +131,10 @@ class SchedulerSettings(CommonSettings, frozen=True, kw_only=True):
     )
     batch_tokens_max: Annotated[Count, Meta(description="tokens of shorts in hand at one replica")] = 1_024
     group_max: Annotated[int, Meta(ge=1, le=64, description="prefill workers that may share one long prompt")] = 1
+    internode_bytes_s: Annotated[
+        float,
+        Meta(ge=0.0, le=1e15, description="bytes per second between two nodes, each way; 0: as within one"),
+    ] = 0.0
 
 
 class CoordinatorSettings(CommonSettings, frozen=True, kw_only=True):

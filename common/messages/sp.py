@@ -24,6 +24,8 @@ class FormGroup(Message, frozen=True, kw_only=True):
     addresses: tuple[str, ...] = ()
     """`WorkerProfile.group_address` of each, in rank order; of a group of one, nothing."""
     scheme: GroupScheme = RING
+    why: str = ""
+    """What the other schemes would take, in a sentence; of a group of one, nothing."""
 
 
 class PauseGroup(Message, frozen=True, kw_only=True):

@@ -17,6 +17,7 @@ from sortedcontainers import SortedDict
 
 from common.messages.base import Record
 from common.messages.cluster import WorkerProfile, WorkerRole
+from common.messages.groups import RING, GroupScheme
 from common.messages.requests import LengthClass, RequestSpec
 from common.policy.core import InvariantViolated
 from common.policy.lifecycle import RequestState
@@ -50,6 +51,7 @@ class SchedulerConfig(Record, frozen=True, kw_only=True):
     long_order: str = "remaining"
     long_aging: float = 0.5
     group_max: int = 1
+    internode_bytes_s: float = 0.0
     shorts_spare: float = 2.5
     reserved_long_tokens: int = 500_000
 
@@ -68,6 +70,8 @@ class Request(msgspec.Struct, eq=False):
     prefill_worker: WorkerId | None = None
     decode_worker: WorkerId | None = None
     members: tuple[WorkerId, ...] = ()
+    scheme: GroupScheme = RING
+    """By which the members compute it."""
     pauses: PauseAccount | None = None
     """Of a long, from the forming of its group."""
     # What follows from the above, kept because every decision asks for it many times:

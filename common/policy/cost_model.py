@@ -29,7 +29,6 @@ from common.messages.base import Record
 from common.messages.cluster import StepCost
 from common.policy import costs
 from common.policy.model_shapes import MODELS as MODELS
-from common.policy.model_shapes import HeadSplit, split_heads
 from common.policy.model_shapes import ModelShape as ModelShape
 from common.units import Seconds
 
@@ -247,10 +246,6 @@ class CostModel:
         c = self.coefficients
         read_s = self.shape.dtype_bytes / c.memory_bytes_s
         return weights * math.hypot(read_s, tokens * FLOPS_PER_MAC / c.linear_flops)
-
-    def heads_split(self, processors: int) -> HeadSplit:
-        """How attention heads are dealt out. Raises: PlanRefused."""
-        return split_heads(self.shape.heads, self.shape.kv_heads, processors)
 
     def other_s(self, tokens: float, parts: float) -> float:
         """Seconds of one layer's kernels that are neither matmul nor attention, the fixed part and that of the

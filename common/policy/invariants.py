@@ -13,7 +13,7 @@ from common.policy.cluster import Cluster, Decoder, HoldKey, Replica, Request, S
 from common.policy.core import require
 from common.policy.decisions import SchedulingPolicy
 from common.policy.lifecycle import IN_GROUP, PREFILLING_LONG, STANDING_LONG, RequestState
-from common.policy.placement import kv_share
+from common.policy.sp_shares import kv_of_rank
 from common.units import RequestId, RouterId
 
 PLACED_SHORT = frozenset({RequestState.PREFILLING, RequestState.HANDOFF, RequestState.DECODING})
@@ -155,14 +155,15 @@ def a_group_keeps_its_kv(cluster: Cluster) -> None:
     for name, request in cluster.requests.items():
         if not request.is_long or request.state not in IN_GROUP:
             continue
-        state, share = request.state.value, kv_share(request.spec.kv_tokens, len(request.members))
-        for worker_id in request.members:
+        state, size = request.state.value, len(request.members)
+        for rank, worker_id in enumerate(request.members):
             replica = cluster.replicas.get(worker_id)
             require(replica is not None, f"{name}: its member {worker_id} is gone while {state}")
             assert replica is not None
             reservation = replica.held.get(request.key)
             require(reservation is not None, f"{name}: no KV on {worker_id} while {state}")
             assert reservation is not None
+            share = kv_of_rank(request.scheme, size, rank, request.spec.kv_tokens, replica.profile.layer)
             require(reservation.tokens == share, f"{name}: {reservation.tokens} tokens of KV on {worker_id}: {share}")
             require(not reservation.dropped, f"{name}: {worker_id} was told to drop it while {state}")
 

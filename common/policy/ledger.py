@@ -31,7 +31,8 @@ from common.policy.lifecycle import (
     STANDING_LONG,
     RequestState,
 )
-from common.policy.long_planner import LongPlanner, MeasuredPlanner
+from common.policy.live_planner import MeasuredPlanner
+from common.policy.long_planner import LongPlanner
 from common.policy.pecsched import PecSchedPolicy
 from common.policy.priority import PriorityPolicy
 from common.policy.reservation import ReservationPolicy
@@ -72,7 +73,7 @@ class Ledger:
         self.config = config
         self.epoch = epoch
         self.cluster = Cluster()
-        self.planner = MeasuredPlanner(self.cluster) if planner is None else planner
+        self.planner = MeasuredPlanner(self.cluster, config) if planner is None else planner
         self.policy = make_policy(config, self.planner)
         self.counters: Counter[str] = Counter()
         self.stories = StoryLog()

@@ -29,7 +29,7 @@ class HeadSplit(NamedTuple):
 def split_heads(heads: int, kv_heads: int, processors: int) -> HeadSplit:
     """Raises: PlanRefused with more processors than heads."""
     if processors > heads:
-        raise PlanRefused(f"Ulysses splits heads: {heads} heads do not reach for {processors} GPUs of a node")
+        raise PlanRefused(f"{heads} heads do not reach for {processors} processors of a node")
     group = heads // kv_heads
     shares = []
     kv_shares = []

@@ -88,12 +88,13 @@ def layout_of(cluster: Cluster, members: tuple[WorkerId, ...]) -> Layout:
 
 def in_rank_order(cluster: Cluster, members: tuple[WorkerId, ...]) -> tuple[tuple[WorkerId, ...], tuple[str, ...]]:
     """The members of a group and where they reach each other. Live workers stand in the same order in all groups, by
-    name: then groups that overlap cannot wait for each other in a circle (`services/engine/collectives.py`)."""
-    addresses = {worker_id: cluster.replicas[worker_id].profile.group_address for worker_id in members}
-    if len(members) == 1 or not all(addresses.values()):
+    node and name: groups that overlap then cannot wait for each other in a circle (`services/engine/collectives.py`).
+    """
+    profiles = [cluster.replicas[worker_id].profile for worker_id in members]
+    if len(members) == 1 or not all(profile.group_address for profile in profiles):
         return members, ()
-    ordered = sorted(addresses)
-    return tuple(ordered), tuple(addresses[worker_id] for worker_id in ordered)
+    profiles.sort(key=lambda profile: (profile.node, profile.worker_id))
+    return tuple(p.worker_id for p in profiles), tuple(p.group_address for p in profiles)
 
 
 def group_for_long(

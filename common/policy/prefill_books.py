@@ -114,7 +114,9 @@ class PrefillBooks:
             )
         else:
             size = len(order.members)
-            self.jobs[spec.request_id] = LongJob(spec, place, story, rank=order.rank, size=size, scheme=order.scheme)
+            rank, scheme, layer = order.rank, order.scheme, self.config.layer
+            job = LongJob(spec, place, story, rank=rank, size=size, scheme=scheme, layer=layer)
+            self.jobs[spec.request_id] = job
             if size > 1:
                 share = SequenceShare(rank=order.rank, scheme=order.scheme, addresses=order.addresses)
         self.out.do(OpenSequence(spec=spec, handoff=handoff, share=share))
@@ -169,8 +171,9 @@ class PrefillBooks:
 
     def close(self, job: ShortJob | LongJob) -> None:
         """Free what is held, say so to everyone who waits for it, take up what waited."""
-        freed = 0 if job.state in (ShortState.OPENING, LongState.LOADING) else job.kv_tokens
-        if freed:
+        opened = job.state not in (ShortState.OPENING, LongState.LOADING)
+        freed = job.kv_tokens if opened else 0
+        if opened:
             self.out.close_sequence(job)
         if isinstance(job, ShortJob):
             job.move(ShortState.GONE)

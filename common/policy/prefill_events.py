@@ -7,7 +7,7 @@ process: effects the shell performs, and the events in which each effect that ca
 from __future__ import annotations
 
 from common.messages.base import Record
-from common.messages.cluster import StepCost
+from common.messages.cluster import LayerShape, StepCost
 from common.messages.decode import DecodeFailed, DecodeFinished
 from common.messages.groups import Announcement, GroupScheme
 from common.messages.locations import KvLocation
@@ -42,6 +42,7 @@ class PrefillWorkerConfig(Record, frozen=True, kw_only=True):
     worker_id: WorkerId
     layers: int
     step_cost: StepCost
+    layer: LayerShape | None = None
     chunk_tokens: int = 512
     """Tokens of a long prompt per pass, at most."""
     step_s_max: float = 0.030

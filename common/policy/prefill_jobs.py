@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
-from common.messages.cluster import Holding, HoldingPhase
+from common.messages.cluster import Holding, HoldingPhase, LayerShape
 from common.messages.groups import RING, Announcement, GroupScheme
 from common.messages.prefill import RunPrefill
 from common.messages.requests import FinishReason, RequestSpec
 from common.messages.sp import LoadSegment
 from common.policy.prefill_events import HandoffTarget
-from common.policy.sp_shares import Mesh
+from common.policy.sp_shares import kv_of_rank
 from common.policy.story import Story
 from common.policy.transitions import Table, require_legal
 from common.units import Attempt, RequestId, WorkerId
@@ -191,6 +191,8 @@ class LongJob(Job):
     size: int = 1
     """Of its group."""
     scheme: GroupScheme = RING
+    layer: LayerShape | None = None
+    """Of the model."""
     called: Announcement | None = None
     """Follower: the pass that rank 0 has begun and that has not begun here."""
     leaves: bool = False
@@ -214,8 +216,8 @@ class LongJob(Job):
 
     @property
     def kv_tokens(self) -> int:
-        """Of this rank. (Where heads are split, all tokens of its node, for some of the heads.)"""
-        return Mesh.of(self.scheme, self.size).reserved_tokens(self.spec.kv_tokens)
+        """Of this rank. (Where heads are split: of all its node's tokens in its heads, as tokens in all heads.)"""
+        return kv_of_rank(self.scheme, self.size, self.rank, self.spec.kv_tokens, self.layer)
 
     @property
     def expected(self) -> Announcement | None:

@@ -7,6 +7,7 @@ turns them into orders. Which request goes where, and who is paused, is the poli
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import assert_never
 
 from common.messages.cluster import (
@@ -18,6 +19,7 @@ from common.messages.cluster import (
     WorkerLeft,
 )
 from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, ExpectKv
+from common.messages.groups import RING
 from common.messages.prefill import (
     KvReleased,
     PrefillFailed,
@@ -44,12 +46,13 @@ from common.messages.sp import (
 )
 from common.messages.views import ClusterView
 from common.policy.capacity import beyond_capacity
-from common.policy.cluster import Cluster, Decoder, Request, SchedulerConfig
+from common.policy.cluster import Cluster, Decoder, Replica, Request, SchedulerConfig
 from common.policy.core import TimePassed
 from common.policy.costs import decode_slot_tokens
 from common.policy.decisions import Decision, PauseLong, PlaceLong, PlaceShort, ResumeLong
 from common.policy.ledger import Ledger
 from common.policy.lifecycle import HANDING_OVER, IN_GROUP, RequestState
+from common.policy.live_planner import GroupPlan, Rank, plan_group
 from common.policy.long_planner import LongPlanner
 from common.policy.membership import Membership
 from common.policy.placement import bounds_of, in_rank_order, kv_share, layout_of
@@ -415,18 +418,30 @@ class Scheduler:
     def _place_long(self, decision: PlaceLong) -> None:
         request, (members, addresses) = decision.request, in_rank_order(self._cluster, decision.members)
         replicas = [self._cluster.replicas[w] for w in members]
-        estimate_s = self._ledger.planner.prefill_s(request.tokens, layout_of(self._cluster, members))
-        request.pauses = PauseAccount(started_s=self._ledger.now_s, estimate_s=estimate_s)
-        share = kv_share(request.spec.kv_tokens, len(replicas))
+        plan = self._plan_of(request, replicas, live=bool(addresses))
+        request.pauses = PauseAccount(started_s=self._ledger.now_s, estimate_s=plan.prefill_s)
         self._policy.forget(request)
-        request.members = members
+        request.members, request.scheme = members, plan.scheme
         self._ledger.move(request, RequestState.FORMING)
-        for replica in replicas:
+        for replica, share in zip(replicas, plan.reserved, strict=True):
             self._cluster.reserve(replica, request.key, share, self._ledger.now_s)
             self._cluster.seat_long(replica, request.request_id)
         self._counters["placed_long"] += 1
         self._ledger.save(request)
-        self._ledger.emit(FormGroup(spec=request.spec, members=members, addresses=addresses))
+        self._ledger.emit(
+            FormGroup(spec=request.spec, members=members, addresses=addresses, scheme=plan.scheme, why=plan.why)
+        )
+
+    def _plan_of(self, request: Request, replicas: Sequence[Replica], *, live: bool) -> GroupPlan:
+        """Live groups by what their members measured. To one of one, and to a simulated one, a scheme means nothing."""
+        kv_tokens = request.spec.kv_tokens
+        if live:
+            ranks = [Rank(replica.profile, replica.kv_free) for replica in replicas]
+            return plan_group(request.tokens, kv_tokens, ranks, self._config)
+        layout = layout_of(self._cluster, tuple(replica.worker_id for replica in replicas))
+        prefill_s = self._ledger.planner.prefill_s(request.tokens, layout)
+        reserved = (kv_share(kv_tokens, len(replicas)),) * len(replicas)
+        return GroupPlan(scheme=RING, reserved=reserved, prefill_s=prefill_s)
 
     def _pause(self, request: Request) -> None:
         self._ledger.move(request, RequestState.PAUSING)

@@ -124,10 +124,6 @@ class SequenceModel(Protocol):
         """Every processor has all weights, and fetches none."""
         ...
 
-    def heads_split(self, processors: int) -> HeadSplit:
-        """Raises: PlanRefused."""
-        ...
-
     def matmul_s(self, weights: float, tokens: float) -> float: ...
 
     def attention_s(self, pairs: float, heads: float) -> float: ...
@@ -139,12 +135,12 @@ def gathered_elements(shape: ModelShape, tp: int, tokens: float) -> float:
     return 2 * tokens * shape.hidden * (tp - 1)
 
 
-def exchanged_elements(shape: ModelShape, processors: int, tokens: float, split: HeadSplit | None = None) -> float:
+def exchanged_elements(shape: ModelShape, processors: int, tokens: float) -> float:
     """What the busiest processor receives in the two all-to-alls of Ulysses: queries, keys and values there, outputs
     back. Where heads divide evenly, times G it is the table's volume.
 
     Raises: PlanRefused."""
-    split = split or split_heads(shape.heads, shape.kv_heads, processors)
+    split = split_heads(shape.heads, shape.kv_heads, processors)
     return 2 * tokens * (split.heads_max + split.kv_heads_max) * shape.head_dim * (processors - 1)
 
 
@@ -156,7 +152,7 @@ def fetched_elements(weights: int, tp: int) -> float:
 def mlp_stage(model: SequenceModel, tokens: float, degree: int, scheme: Scheme) -> StageTime:
     """The MLP of one layer on a group of `degree` replicas."""
     per_gpu = tokens / (degree * model.tp)
-    return _linear_stage(model, model.shape.mlp_weights, per_gpu, scheme)
+    return _linear_stage(model, model.shape.mlp_weights, model.shape.mlp_weights / model.tp, per_gpu, scheme)
 
 
 def attention_stage(
@@ -173,18 +169,19 @@ def attention_stage(
     travel and not keys. Raises: PlanRefused."""
     shape = model.shape
     per_gpu = tokens / (sum(layout) * model.tp)
-    linear = _linear_stage(model, shape.qkv_weights + shape.out_weights, per_gpu, scheme)
+    weights = shape.qkv_weights + shape.out_weights
+    linear = _linear_stage(model, weights, weights * _split(model, model.tp).heads_max / shape.heads, per_gpu, scheme)
     if scheme == "megatron":
         if past is None:
             attended = _replica_ring(model, tokens, layout, ring)
         else:
-            attended = _query_ring(model, tokens, past, sum(layout), model.heads_split(model.tp))
+            attended = _query_ring(model, tokens, past, sum(layout), _split(model, model.tp))
         return StageTime(linear.seconds + attended.seconds, max(linear.step_s, attended.step_s))
     exchange_s = max(_all_to_all_s(model, replicas * model.tp, per_gpu) for replicas in set(layout))
     if past is None:
         attended = _node_ring(model, tokens, layout)
     else:
-        attended = _query_ring(model, tokens, past, len(layout), model.heads_split(layout[0] * model.tp))
+        attended = _query_ring(model, tokens, past, len(layout), _split(model, layout[0] * model.tp))
     seconds = linear.seconds + 2 * exchange_s + attended.seconds
     return StageTime(seconds, max(linear.step_s, exchange_s, attended.step_s))
 
@@ -216,11 +213,16 @@ def decode_exchange_s(model: SequenceModel, layout: Layout) -> float:
     return total_s
 
 
-def _linear_stage(model: SequenceModel, weights: int, per_gpu: float, scheme: Scheme) -> StageTime:
+def _split(model: SequenceModel, processors: int) -> HeadSplit:
+    return split_heads(model.shape.heads, model.shape.kv_heads, processors)
+
+
+def _linear_stage(model: SequenceModel, weights: int, share: float, per_gpu: float, scheme: Scheme) -> StageTime:
+    """`share`: of the weights, on the processor of a replica that has the most."""
     shape, tp = model.shape, model.tp
     if scheme == "megatron":
         elements = gathered_elements(shape, tp, per_gpu)
-        matmul_s = model.matmul_s(weights / tp, per_gpu * tp)
+        matmul_s = model.matmul_s(share, per_gpu * tp)
     else:
         elements = 0.0 if model.weights_whole else fetched_elements(weights, tp)
         matmul_s = model.matmul_s(weights, per_gpu)
@@ -234,8 +236,7 @@ def _all_to_all_s(model: SequenceModel, processors: int, per_gpu: float) -> floa
     """One of the two: they move as much."""
     if processors == 1:
         return 0.0
-    elements = exchanged_elements(model.shape, processors, per_gpu, model.heads_split(processors))
-    size = elements * model.shape.dtype_bytes
+    size = exchanged_elements(model.shape, processors, per_gpu) * model.shape.dtype_bytes
     return model.coefficients.intra_node.seconds(size / 2)
 
 
@@ -294,7 +295,7 @@ def _node_of_ring(model: SequenceModel, tokens: float, layout: Layout, place: in
     """What the node at this place of the ring takes: its own block first, then its predecessors' as they arrive."""
     degree = sum(layout)
     own = layout[place]
-    split = model.heads_split(own * model.tp)
+    split = _split(model, own * model.tp)
     queries = tokens * own / degree
     blocks = {replicas: tokens * replicas / degree for replicas in set(layout)}
     kernels = {replicas: _block(model, queries, block, split.heads_max) for replicas, block in blocks.items()}

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
+from common.messages.cluster import LayerShape
 from common.messages.groups import GroupScheme
 
 
@@ -164,6 +165,17 @@ def head_shares(query_heads: int, kv_heads: int, degree: int) -> tuple[HeadShare
         kv = (begin // group, (end - 1) // group + 1) if begin < end else (0, 0)
         shares.append(HeadShare(query, kv, _runs(query, kv, group)))
     return tuple(shares)
+
+
+def kv_of_rank(scheme: GroupScheme, size: int, rank: int, kv_tokens: int, layer: LayerShape | None) -> int:
+    """What this rank sets aside for a sequence that needs KV for `kv_tokens` in all, as tokens in all heads: on the
+    worker, and in the scheduler's books. `layer` None: the heads are not known, and all of them counted."""
+    mesh = Mesh.of(scheme, size)
+    tokens = mesh.reserved_tokens(kv_tokens)
+    if mesh.per_node == 1 or layer is None:
+        return tokens
+    shares = head_shares(layer.query_heads, layer.kv_heads, mesh.per_node)
+    return shares[mesh.place(rank)].reserved_tokens(tokens, layer.kv_heads)
 
 
 def _runs(query: Range, kv: Range, group: int) -> tuple[HeadRun, ...]:

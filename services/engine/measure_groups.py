@@ -25,7 +25,7 @@ from common.settings import PrefillWorkerSettings
 from common.units import Attempt, RequestId, RouterId
 from services.engine.collectives import GroupKey, GroupShare
 from services.engine.collectives_door import TcpGroupLinks, open_group_links
-from services.engine.interface import EngineError, Segment
+from services.engine.interface import EngineError, EngineProfile, Segment
 from services.engine.measure import plan_chunks
 from services.engine.torch_prefill import make_prefill_engine
 
@@ -48,6 +48,22 @@ class WayTimes:
     """Processor time by rank."""
     tokens: set[int] = field(default_factory=set)
     """First tokens drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    ways: dict[str, WayTimes]
+    """`ALONE`, and each scheme by its name."""
+    profiles: tuple[EngineProfile, ...]
+    """What each rank says of itself, by rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A process's first word: the address of its door, and what it says of itself."""
+
+    address: str
+    profile: EngineProfile
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +92,8 @@ def measure_groups(
     runs: int,
     seed: int,
     on_run: OnDone,
-) -> dict[str, WayTimes]:
-    """By way: `ALONE` and the name of each scheme. Blocking. Raises: EngineError (a process fell silent or failed)."""
+) -> Measured:
+    """Blocking. Raises: EngineError (a process fell silent or failed)."""
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(size)]
     args = (msgspec.to_builtins(settings), size, tokens, seed)
@@ -89,7 +105,8 @@ def measure_groups(
         process.start()
     try:
         ends = [ours for ours, _ in pipes]
-        addresses = tuple(str(_hear(end, LOAD_S)) for end in ends)
+        opened = [_hear_opened(end) for end in ends]
+        addresses = tuple(each.address for each in opened)
         ways: list[tuple[str, GroupScheme | None]] = [(ALONE, None), *((one.name(size), one) for one in schemes)]
         found = {way: WayTimes() for way, _ in ways}
         for number, (run, (way, scheme)) in enumerate(itertools.product(range(runs + 1), ways)):
@@ -102,7 +119,14 @@ def measure_groups(
         for process in ranks:
             process.kill()
             process.join()
-    return found
+    return Measured(found, tuple(each.profile for each in opened))
+
+
+def _hear_opened(end: Connection) -> _Opened:
+    opened = _hear(end, LOAD_S)
+    if not isinstance(opened, _Opened):
+        raise EngineError(str(opened))
+    return opened
 
 
 def _all_report(ends: Sequence[Connection], order: _Order) -> list[_Report]:
@@ -156,7 +180,7 @@ class _Process:
 
     async def serve(self) -> None:
         door = open_group_links(secret=self._settings.data_secret)()
-        self._end.send(door.address)
+        self._end.send(_Opened(door.address, self._engine.profile))
         while True:
             order: _Order = await asyncio.to_thread(self._end.recv)
             try:

@@ -20,7 +20,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from common.messages.requests import RequestSpec
-from common.policy.sp_shares import reserved_tokens
+from common.policy.sp_shares import kv_of_rank
 from common.settings import DecodeWorkerSettings, PrefillWorkerSettings
 from common.units import RequestId, TokenId
 from services.engine.collectives import GroupBroken, GroupShare, OnCalled
@@ -135,7 +135,7 @@ class TimedPrefillEngine:
 
     def open_share(self, spec: RequestSpec, token_ids: Sequence[int], share: GroupShare, on_called: OnCalled) -> None:
         require_valid(spec, token_ids, self.shape, already=spec.request_id in self._sequences)
-        need = reserved_tokens(spec.kv_tokens, share.size)
+        need = kv_of_rank(share.scheme, share.size, share.rank, spec.kv_tokens, self._profile.layer)
         self._require_room(spec, need)
         shared = SharedSequence(share, len(token_ids), spec.kv_tokens)
         self._sequences[spec.request_id] = _Sequence(spec, list(token_ids), None, need, group=TimedGroup(shared))

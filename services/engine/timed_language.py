@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.messages.cluster import StepCost
+from common.messages.cluster import ExchangeCost, LayerShape, StepCost
 from common.messages.requests import RequestSpec, TokenLogprob
 from common.units import TokenId
 from services.engine.interface import EngineError, EngineProfile, Sampled
@@ -27,12 +27,15 @@ class TimedShape:
 
     step_cost: StepCost = CPU_STEP_COST
     layers: int = 30
+    query_heads: int = 1
     kv_heads: int = 1
     kv_capacity_tokens: int = 32_768
     context_tokens: int = 8_192
     vocab: int = 49_152
     rows_max: int = 32
     model_id: str = "timed"
+    exchange: ExchangeCost | None = None
+    """What it says that swapping tensors with others costs; it swaps none. None: nothing."""
     stop_at_index: int | None = None
     """Emit the request's first stop token id at this output index (counted over all attempts); None: never."""
     fail_at_pass: int | None = None
@@ -41,6 +44,14 @@ class TimedShape:
     @property
     def kv_bytes_per_token(self) -> int:
         return self.layers * self.kv_heads * 2 * STATE_BYTES
+
+    @property
+    def layer(self) -> LayerShape:
+        """Widths of the embedded model, and the KV that there is here."""
+        head_dim = STATE_BYTES // 2  # of two bytes each
+        return LayerShape(
+            query_heads=self.query_heads, kv_heads=self.kv_heads, head_dim=head_dim, hidden=576, intermediate=1536
+        )
 
     def profile(self, rows_max: int) -> EngineProfile:
         return EngineProfile(
@@ -52,6 +63,8 @@ class TimedShape:
             context_tokens=self.context_tokens,
             rows_max=rows_max,
             step_cost=self.step_cost,
+            layer=self.layer,
+            exchange=self.exchange,
         )
 
 

@@ -20,7 +20,7 @@ from common.messages.cluster import ExchangeCost, StepCost
 from common.messages.groups import Announcement
 from common.messages.requests import RequestSpec
 from common.model_files import model_name
-from common.policy.sp_shares import head_shares
+from common.policy.sp_shares import head_shares, kv_of_rank
 from common.settings import PrefillWorkerSettings
 from common.units import RequestId
 from services.engine.batch import HeldSequence, pack
@@ -112,7 +112,7 @@ class TorchPrefillEngine:
         name, kv_tokens, kv_heads = spec.request_id, len(prompt) + spec.max_tokens, self._model.kv_heads
         heads = head_shares(self._model.query_heads, kv_heads, share.mesh.per_node)
         mine, tokens = heads[share.mesh.place(share.rank)], share.mesh.reserved_tokens(kv_tokens)
-        charged = mine.reserved_tokens(tokens, kv_heads)
+        charged = kv_of_rank(share.scheme, share.size, share.rank, kv_tokens, self._model.layer_shape)
         kv = self._store.reserve(name, tokens, kv_heads=mine.kv_heads, charged=charged)
         held = self._sequences[name] = HeldSequence(spec, prompt, kv, None)
         held.shared = SharedSequence(share, len(prompt), kv_tokens, heads, self._weights)

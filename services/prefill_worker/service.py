@@ -428,6 +428,7 @@ def config_of(settings: PrefillWorkerSettings, worker_id: WorkerId, engine: Pref
         worker_id=worker_id,
         layers=profile.layers,
         step_cost=profile.step_cost,
+        layer=profile.layer,
         chunk_tokens=settings.chunk_tokens,
         step_s_max=settings.step_ms_max / 1e3,
         batch_tokens_max=settings.batch_tokens_max,

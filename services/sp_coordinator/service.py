@@ -9,6 +9,7 @@ from common.logs import get_logger
 from common.messages.cluster import CoordinatorHeartbeat, CoordinatorLeft
 from common.messages.sp import (
     DropSegment,
+    FormGroup,
     LoadSegment,
     PauseSegment,
     RunSegment,
@@ -101,7 +102,10 @@ class SpCoordinator:
 
     async def _receive(self, delivery: Delivery) -> None:
         try:
-            self._shell.tell(decode(delivery.data, CoordinatorHeard))
+            order = decode(delivery.data, CoordinatorHeard)
+            if isinstance(order, FormGroup) and len(order.members) > 1:
+                log.info("a group is formed", request_id=order.spec.request_id, members=order.members, why=order.why)
+            self._shell.tell(order)
         except WireError as error:
             log.error("a message was refused", subject=delivery.subject, error=str(error))
         except MailboxFull as error:

@@ -15,10 +15,10 @@ from tests.cluster.world import SHAPE, VOCAB, Cluster, cluster, seeds
 SERVERS = ("scheduler", "coordinator", "p0", "p1", "d0", "d1")
 
 
-async def load(c: Cluster, seconds: float, rate: float) -> None:
+async def load(c: Cluster, seconds: float, rate: float, *, longs: float = 0.12) -> None:
     end_s = asyncio.get_running_loop().time() + seconds
     while asyncio.get_running_loop().time() < end_s:
-        long = c.random.random() < 0.12
+        long = c.random.random() < longs
         tokens = c.random.randint(1_001, 4_000) if long else c.random.randint(1, 250)
         answer = c.submit(tokens, max_tokens=c.random.randint(1, 20))
         if c.random.random() < 0.1:

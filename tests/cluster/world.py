@@ -172,6 +172,7 @@ class Cluster:
         prefill: int = 2,
         decode: int = 1,
         routers: int = 1,
+        nodes: int = 1,
         seed: int = 0,
         shape: TimedShape = SHAPE,
         journal: JournalSink | None = None,
@@ -193,6 +194,7 @@ class Cluster:
         self._worker = worker or {}
         self._settings = SchedulerSettings(**{"threshold_tokens": 1_000, **scheduler})
         self._starts = 0
+        self._node_of = {f"p{i}": f"node-{i * nodes // prefill}" for i in range(prefill)}
         self.nodes: dict[str, Node] = {
             "scheduler": Node("scheduler", self._make_scheduler),
             "coordinator": Node("coordinator", self._make_coordinator),
@@ -218,7 +220,8 @@ class Cluster:
 
     def _make_prefill(self, bus: MemoryBus, gate: Gate, node: Node) -> PrefillWorker:
         engine = node.engine = TimedPrefillEngine(self.shape)
-        settings = PrefillWorkerSettings(worker_id=node.name, engine="timed", **self._worker)
+        node_name = self._node_of[node.name]
+        settings = PrefillWorkerSettings(worker_id=node.name, engine="timed", node=node_name, **self._worker)
         groups = self._groups_of(node)
         return PrefillWorker(settings, bus, cast(Any, gate), engine, self._plane_of(node), groups=groups)
 

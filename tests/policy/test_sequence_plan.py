@@ -314,7 +314,7 @@ def test_more_processors_than_heads_leave_megatron():
     assert plan.attention == "megatron"
     assert [name for name, _ in plan.estimates] == ["megatron/ulysses", "megatron/megatron"]
     assert [name for name, _ in plan.refused] == ["ulysses/ulysses", "ulysses/megatron"]
-    assert "not possible: Ulysses splits heads: 4 heads do not reach for 8 GPUs" in plan.why
+    assert "not possible: 4 heads do not reach for 8 processors of a node" in plan.why
 
 
 def test_the_sentence():
