@@ -13,7 +13,21 @@ from typing import Any
 import loadtest
 from common import logs
 from common.errors import PecSchedError
-from loadtest import engine, fidelity, fit_costs, mixed, mixed_report, overhead, paper, pause, report, scale, sim, sp
+from loadtest import (
+    engine,
+    fidelity,
+    fit_costs,
+    mixed,
+    mixed_report,
+    overhead,
+    paper,
+    pause,
+    pause_groups,
+    report,
+    scale,
+    sim,
+    sp,
+)
 
 EXIT_INTERRUPTED = 130
 
@@ -136,10 +150,12 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
 def _pause_flags(parser: argparse.ArgumentParser) -> None:
     _model_flags(parser)
     parser.add_argument("--pauses", type=_positive, default=pause.PauseOptions().pauses, help="at least so many [120]")
+    parser.add_argument("--ranks", type=_positive, default=1, help="workers that prefill the long together [1]")
 
 
 def _pause(flags: argparse.Namespace) -> dict[str, Any]:
-    return pause.run(
+    run = pause.run if flags.ranks == 1 else pause_groups.run
+    return run(
         pause.PauseOptions(
             seed=flags.seed,
             model=flags.model,
@@ -148,6 +164,7 @@ def _pause(flags: argparse.Namespace) -> dict[str, Any]:
             threads=flags.threads,
             dtype=flags.dtype,
             pauses=flags.pauses,
+            ranks=flags.ranks,
         )
     )
 
@@ -246,7 +263,9 @@ BENCHMARKS = {
         _overhead,
         overhead.show,
     ),
-    "pause": Benchmark("pause latency of one prefill worker", pause.__doc__, _pause_flags, _pause, pause.show),
+    "pause": Benchmark(
+        "pause latency of a prefill worker, or of a group", pause.__doc__, _pause_flags, _pause, pause.show
+    ),
     "engine": Benchmark("stepped prefill and decode steps", engine.__doc__, _engine_flags, _engine, engine.show),
     "sp": Benchmark("long prefill by a group of workers", sp.__doc__, _sp_flags, _sp, sp.show),
     "fit-costs": Benchmark(

@@ -10,6 +10,7 @@ Taken are, in the same process and on one clock,
 - *from outside*: short sent → word of the stop heard, so that the worker's measure can be believed;
 - short sent → its own pass begun.
 And of the long: its own computing time with and without pauses, and its first token, which must be the same.
+With --ranks the long is a group's (`pause_groups.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from array import array
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from common.messages.base import Message
 from common.messages.prefill import KvReleased, PrefillFailed, PrefillFinished, RunPrefill
@@ -60,6 +61,7 @@ PLAIN_RUNS = 2
 """Undisturbed prefills: one before, one after."""
 ANSWER_S = 120.0
 TARGET_P99_S = 0.040
+GROUP_TARGET_P99_S = 0.060
 WORKER, ROUTER = WorkerId("measured"), RouterId("loadtest")
 
 Heard = (
@@ -86,6 +88,7 @@ class PauseOptions:
     dtype: DtypeName = "auto"
     pauses: int = 120
     engine: EngineName = "torch"
+    ranks: int = 1
 
 
 @dataclass(slots=True)
@@ -109,19 +112,30 @@ async def measure(options: PauseOptions) -> dict[str, Any]:
     """The same on a loop that runs already."""
     with report.progress() as bars:
         async with _worker(options, bars) as rig:
-            plain: list[LongRun] = []
-            paused: list[LongRun] = []
-            with bars.counting("prefills of the long, undisturbed", PLAIN_RUNS) as step:
-                await rig.prefill("warm-up", pauses=0)
-                plain.append(await rig.prefill("plain-0", pauses=0))
-                step()
-                with bars.counting("pauses", options.pauses) as on_pause:
-                    while (left := options.pauses - sum(len(each.at_worker_s) for each in paused)) > 0:
-                        paused.append(await rig.prefill(f"paused-{len(paused)}", pauses=left, on_pause=on_pause))
-                        if not paused[-1].at_worker_s:
-                            raise MeasurementFailed("the prefill ended before it could be paused: --tokens is too low")
-                plain.append(await rig.prefill("plain-1", pauses=0))
-                step()
+            return await measure_on(rig, options, bars)
+
+
+class Prefills(Protocol):
+    """What is measured: whatever prefills the long."""
+
+    async def prefill(self, name: str, *, pauses: int, on_pause: OnPause = ...) -> LongRun: ...
+
+
+async def measure_on(rig: Prefills, options: PauseOptions, bars: report.Bars) -> dict[str, Any]:
+    """Raises: MeasurementFailed."""
+    plain: list[LongRun] = []
+    paused: list[LongRun] = []
+    with bars.counting("prefills of the long, undisturbed", PLAIN_RUNS) as step:
+        await rig.prefill("warm-up", pauses=0)
+        plain.append(await rig.prefill("plain-0", pauses=0))
+        step()
+        with bars.counting("pauses", options.pauses) as on_pause:
+            while (left := options.pauses - sum(len(each.at_worker_s) for each in paused)) > 0:
+                paused.append(await rig.prefill(f"paused-{len(paused)}", pauses=left, on_pause=on_pause))
+                if not paused[-1].at_worker_s:
+                    raise MeasurementFailed("the prefill ended before it could be paused: --tokens is too low")
+        plain.append(await rig.prefill("plain-1", pauses=0))
+        step()
     return _figures(options, plain, paused)
 
 
@@ -134,6 +148,7 @@ def _figures(options: PauseOptions, plain: list[LongRun], paused: list[LongRun])
     return {
         "tokens": options.tokens,
         "threads": options.threads,
+        "ranks": options.ranks,
         "pauses": sum(len(each.at_worker_s) for each in paused),
         "at_worker_s": all_of(each.at_worker_s for each in paused),
         "outside_s": all_of(each.outside_s for each in paused),
@@ -170,6 +185,41 @@ async def _worker(options: PauseOptions, bars: report.Bars) -> AsyncIterator[Rig
         await serving
 
 
+class Ears:
+    """Keeps what was heard until it is asked for."""
+
+    def __init__(self) -> None:
+        self._said: dict[tuple[type[Message], str], tuple[float, Message]] = {}
+        """By kind and request, and when."""
+        self._news = asyncio.Event()
+        self._failure = ""
+
+    def keep(self, request_id: str, message: Message) -> None:
+        self._said[type(message), request_id] = asyncio.get_running_loop().time(), message
+        self._news.set()
+
+    def fail(self, reason: str) -> None:
+        """Whoever waits, or will, raises."""
+        self._failure = reason
+        self._news.set()
+
+    async def hears(self, request_id: str, *kinds: type[Message]) -> tuple[float, Message]:
+        """When one of these was heard of this request, and what. Raises: MeasurementFailed."""
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                while True:
+                    if self._failure:
+                        raise MeasurementFailed(self._failure)
+                    for kind in kinds:
+                        if (kind, request_id) in self._said:
+                            return self._said.pop((kind, request_id))
+                    self._news.clear()
+                    await self._news.wait()
+        except TimeoutError:
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise MeasurementFailed(f"no {names} of {request_id} within {ANSWER_S:g} s") from None
+
+
 class Rig:
     """Scheduler, coordinator and router of one worker, as far as this needs them."""
 
@@ -177,12 +227,10 @@ class Rig:
         self._bus = bus
         self._rng = random.Random(options.seed)
         self._prompt = random_prompt(self._rng, options.tokens)
-        self._said: dict[tuple[type[Message], str], tuple[float, Message]] = {}
-        """What was heard and not yet asked for, by kind and request, and when."""
+        self._ears = Ears()
+        self._hears = self._ears.hears
         self._ended: set[str] = set()
         """Longs whose prefill is over."""
-        self._news = asyncio.Event()
-        self._failure = ""
 
     async def listen(self) -> None:
         for subject in (subjects.COORDINATOR, subjects.SCHEDULER, subjects.router(ROUTER)):
@@ -224,7 +272,7 @@ class Rig:
         assert isinstance(prefilled, PrefillFinished)
         await self._hears(short.request_id, KvReleased)
         if not isinstance(stopped, SegmentPaused):
-            self._said[SegmentPrefilled, long.request_id] = stopped_s, stopped
+            self._ears.keep(long.request_id, stopped)
             return False
         measured.at_worker_s.append(stopped.pause_latency_s)
         measured.outside_s.append(stopped_s - sent_s)
@@ -235,7 +283,6 @@ class Rig:
         await self._bus.publish(subjects.worker(WORKER), encode(order))
 
     async def _hear(self, delivery: Delivery) -> None:
-        now_s = asyncio.get_running_loop().time()
         try:
             message = decode(delivery.data, Heard)
         except WireError:
@@ -245,26 +292,10 @@ class Rig:
         if isinstance(message, SegmentFailed) and message.request_id in self._ended:
             return  # the order to pause crossed the end of the prefill: there is nothing to pause any more
         if isinstance(message, SegmentFailed | PrefillFailed):
-            self._failure = f"{message.request_id}: {message.reason}"
-        name = message.chunks[0].request_id if isinstance(message, TokensGenerated) else message.request_id
-        self._said[type(message), name] = now_s, message
-        self._news.set()
-
-    async def _hears(self, request_id: str, *kinds: type[Message]) -> tuple[float, Message]:
-        """When one of these was heard of this request, and what. Raises: MeasurementFailed."""
-        try:
-            async with asyncio.timeout(ANSWER_S):
-                while True:
-                    if self._failure:
-                        raise MeasurementFailed(self._failure)
-                    for kind in kinds:
-                        if (kind, request_id) in self._said:
-                            return self._said.pop((kind, request_id))
-                    self._news.clear()
-                    await self._news.wait()
-        except TimeoutError:
-            names = " or ".join(kind.__name__ for kind in kinds)
-            raise MeasurementFailed(f"no {names} of {request_id} within {ANSWER_S:g} s") from None
+            self._ears.fail(f"{message.request_id}: {message.reason}")
+        self._ears.keep(
+            message.chunks[0].request_id if isinstance(message, TokensGenerated) else message.request_id, message
+        )
 
 
 def random_prompt(rng: random.Random, tokens: int) -> array[int]:
@@ -293,6 +324,7 @@ def show(figures: dict[str, Any]) -> None:
     }
     rows = [[title, *(report.ms(figures[key][p]) for p in ("p50", "p99", "max"))] for key, title in titles.items()]
     long, runs = figures["long_compute_s"], figures["long_runs"]
+    target_s = TARGET_P99_S if figures["ranks"] == 1 else GROUP_TARGET_P99_S
     notes = [
         "",
         f"the long's own computing: {report.s(long['undisturbed'])} undisturbed ({runs['undisturbed']} runs), "
@@ -300,7 +332,9 @@ def show(figures: dict[str, Any]) -> None:
         f"{report.times(long['ratio'])}",
         f"its first token: {'the same' if figures['same_first_token'] else 'DIFFERENT'}; "
         f"steps computed: {'the same' if figures['same_steps'] else 'DIFFERENT'}",
-        report.target("pause latency from outside, p99", figures["outside_s"]["p99"], TARGET_P99_S, report.ms),
+        report.target("pause latency from outside, p99", figures["outside_s"]["p99"], target_s, report.ms),
     ]
     title = f"{figures['pauses']} pauses of a prefill of {figures['tokens']} tokens, {figures['threads']} thread(s)"
+    if figures["ranks"] > 1:
+        title += f" on each of {figures['ranks']} workers"
     report.table(title, ["", "p50", "p99", "max"], rows, notes)

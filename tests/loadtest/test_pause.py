@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from common.runtime.virtual_time import run_virtual
+from loadtest import pause_groups
 from loadtest.pause import PauseOptions, measure
 
 
@@ -25,3 +26,15 @@ def test_more_pauses_than_one_prefill_has_room_for() -> None:
     figures = run_virtual(measure(PauseOptions(engine="timed", tokens=500, pauses=12, seed=1)))
     assert figures["pauses"] == 12
     assert figures["long_runs"]["paused"] > 1
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_pauses_of_a_group(ranks: int) -> None:
+    figures = run_virtual(pause_groups.measure(PauseOptions(engine="timed", tokens=3_000, pauses=20, ranks=ranks)))
+    assert (figures["pauses"], figures["ranks"]) == (20, ranks)
+    assert figures["same_first_token"]
+    assert figures["same_steps"]
+    assert figures["outside_s"]["p99"] >= figures["at_worker_s"]["p99"] > 0
+    alone = run_virtual(measure(PauseOptions(engine="timed", tokens=3_000, pauses=1)))
+    assert alone.keys() == figures.keys()
+    assert figures["long_compute_s"]["undisturbed"] < 0.7 * alone["long_compute_s"]["undisturbed"]
