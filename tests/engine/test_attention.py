@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from common.policy.sp_shares import head_shares
 from services.engine import attention_kernels
-from services.engine.attention import merge_attention
+from services.engine.attention import attend_at_end, attend_share, merge_attention
 from services.engine.attention_kernels import UNMASKED, Attention, attend, plain_attention
 
 HEADS = [(9, 3), (4, 4), (8, 1)]
@@ -100,6 +101,24 @@ def test_few_and_many_queries_go_to_whom_the_trial_chose(monkeypatch: pytest.Mon
         query, key, value = inputs((4, 2), tokens, keys)
         attend(query, key, value, 0.3)
     assert asked == [("few", 1), ("many", 40)]  # few keys: nobody is asked
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("query_heads", "kv_heads", "places"), [(9, 3, 2), (9, 3, 4), (8, 4, 2), (6, 1, 4), (4, 4, 3)])
+def test_shares_of_the_heads_together_attend_as_all_heads_do(
+    query_heads: int, kv_heads: int, places: int, causal: bool
+) -> None:
+    query, key, value = torch.randn(1, query_heads, 5, 16), *torch.randn(2, 1, kv_heads, 31, 16)
+    attention = attend_at_end if causal else attend
+    parts = [
+        attend_share(
+            heads, attention, query[:, slice(*heads.query)], key[:, slice(*heads.kv)], value[:, slice(*heads.kv)], 0.3
+        )
+        for heads in head_shares(query_heads, kv_heads, places)
+    ]
+    out, lse = attention(query, key, value, 0.3)
+    torch.testing.assert_close(torch.cat([part[0] for part in parts], dim=1), out)
+    torch.testing.assert_close(torch.cat([part[1] for part in parts], dim=1), lse)
 
 
 @pytest.mark.parametrize("cut", [1, 17, 49])
