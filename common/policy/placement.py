@@ -32,7 +32,7 @@ from common.policy.long_planner import Layout, LongPlanner
 from common.policy.preemption import PauseBounds
 from common.units import WorkerId
 
-GROUPS_MAX = 16
+GROUPS_MAX = 8
 PER_GROUP = 4
 """How many groups are looked at for a short, and how many replicas of each: a decision stays O(log n)."""
 DRAINED_MAX = 64
@@ -177,7 +177,9 @@ def place_short(
 def _least_queued(cluster: Cluster, config: SchedulerConfig, request: Request) -> Replica | None:
     for worker_id in cluster.idle.least():
         replica = cluster.replicas[worker_id]
-        if _fits(replica, request, config) and _has_batch_room(replica, request, config):
+        if not _has_batch_room(replica, request, config):
+            break  # the others have more to do
+        if _fits(replica, request, config):
             return replica
     return None
 
@@ -188,12 +190,14 @@ def _by_sharing(cluster: Cluster, config: SchedulerConfig, request: Request) -> 
         return None
     for worker_id in cluster.decoding.least():
         replica = cluster.replicas[worker_id]
-        if not _fits(replica, request, config):
-            continue
-        if config.colocation and has_room(replica, request.tokens, config.colocated_tokens_max):
-            return Place(replica, "colocate")
-        if not config.colocation and replica.queued_tokens == 0:
-            return Place(replica, "exclude")
+        if config.colocation:
+            at_once = has_room(replica, request.tokens, config.colocated_tokens_max)
+        else:
+            at_once = replica.queued_tokens == 0
+        if not at_once:
+            break  # the others have more to do
+        if _fits(replica, request, config):
+            return Place(replica, "colocate" if config.colocation else "exclude")
     return None
 
 
@@ -229,18 +233,22 @@ def _by_pausing(
     for long, replica in _running(cluster):
         if least is not None and len(long.members) > least[0]:
             break  # the smallest come first
-        if long.pauses is None or long.state is not RequestState.RUNNING:
+        pauses = long.pauses
+        if pauses is None or long.state is not RequestState.RUNNING:
+            continue
+        cost = (len(long.members), -pauses.remaining_s(now_s))
+        if least is not None and cost >= least:
             continue
         if not (_fits(replica, request, config) and _has_batch_room(replica, request, config)):
             continue
         needed_s = _wait_s(replica, config) + _run_s(replica, request)
-        pausable_s = long.pauses.pausable_from_s(now_s, needed_s, bounds)
-        if pausable_s is not None and pausable_s <= now_s:
-            cost = (len(long.members), -long.pauses.remaining_s(now_s))
-            if least is None or cost < least:
-                least, to_pause = cost, replica
-        elif pausable_s is not None:
-            retry_s = pausable_s if retry_s is None else min(retry_s, pausable_s)
+        pausable_s = pauses.pausable_from_s(now_s, needed_s, bounds)
+        if pausable_s is None:
+            continue
+        if pausable_s <= now_s:
+            least, to_pause = cost, replica
+        elif retry_s is None or pausable_s < retry_s:
+            retry_s = pausable_s
     if to_pause:
         return Place(to_pause, "pause")
     return Place(paused, "paused") if paused else NoPlace(retry_s)

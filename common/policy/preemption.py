@@ -65,18 +65,15 @@ class PauseAccount:
         return self.suspended_s + running
 
     def _ran_s(self, now_s: float) -> float:
-        return now_s - self.started_s - self.suspended_by(now_s)
+        if self.paused_since_s is not None:
+            now_s = self.paused_since_s
+        return now_s - self.started_s - self.suspended_s
 
     def remaining_s(self, now_s: float) -> float:
         """Of running; by its own pace so far, or by the estimate until it has said anything. Below 0: it has run for
         longer than that, and nobody knows."""
         whole_s = self.done_s / self.done_share if self.done_share > 0.0 else self.estimate_s
         return whole_s - self._ran_s(now_s)
-
-    def nearly_done_until_s(self, now_s: float, bounds: PauseBounds) -> float:
-        """When it should be done, if that is soon; otherwise, now."""
-        left_s = self.remaining_s(now_s)
-        return now_s + left_s if 0.0 < left_s < bounds.remaining_min_s else now_s
 
     def budget_s(self, now_s: float, bounds: PauseBounds) -> float:
         """How much more it may yield in all, as of now (negative: overdrawn)."""
@@ -85,12 +82,18 @@ class PauseAccount:
 
     def pausable_from_s(self, now_s: float, needed_s: float, bounds: PauseBounds) -> float | None:
         """When a pause of `needed_s` may begin: now, later, or None: never."""
-        if bounds.share_max <= 0.0:
+        share = bounds.share_max
+        if share <= 0.0:
             return None
         needed_s = min(needed_s, bounds.pause_max_s)
         shortfall_s = needed_s - self.budget_s(now_s, bounds)
-        earned_s = now_s + shortfall_s / bounds.share_max if shortfall_s > EPSILON_S else now_s
-        return max(earned_s, self.immune_until_s, self.nearly_done_until_s(now_s, bounds))
+        from_s = max(now_s, self.immune_until_s)
+        if shortfall_s > EPSILON_S:
+            from_s = max(from_s, now_s + shortfall_s / share)
+        left_s = self.remaining_s(now_s)
+        if 0.0 < left_s < bounds.remaining_min_s:  # then it should be done by itself
+            from_s = max(from_s, now_s + left_s)
+        return from_s
 
     def pause_left_s(self, now_s: float, bounds: PauseBounds) -> float:
         """How much longer the running pause may last. A pause earns no budget that it can spend itself:
