@@ -34,6 +34,8 @@ NOT_WITH = "not_with"
 _PECSCHED = Meta(extra={ONLY_WITH: {"policy": ("pecsched",)}})
 _PAUSES = Meta(extra={ONLY_WITH: {"policy": ("pecsched",), "preemption": (True,)}})
 _AGED = Meta(extra={ONLY_WITH: {"policy": ("pecsched",), "long_order": ("remaining",)}})
+GROUP_MAX = 64
+_GROUPS = Meta(extra={ONLY_WITH: {"group_max": tuple(range(2, GROUP_MAX + 1))}})
 _INSTEAD_OF_NODES = Meta(extra={NOT_WITH: ("workers_per_node",)})
 _RESERVATION = Meta(extra={ONLY_WITH: {"policy": ("reservation",)}})
 
@@ -130,9 +132,12 @@ class SchedulerSettings(CommonSettings, frozen=True, kw_only=True):
         192
     )
     batch_tokens_max: Annotated[Count, Meta(description="tokens of shorts in hand at one replica")] = 1_024
-    group_max: Annotated[int, Meta(ge=1, le=64, description="prefill workers that may share one long prompt")] = 1
+    group_max: Annotated[
+        int, Meta(ge=1, le=GROUP_MAX, description="prefill workers that may share one long prompt")
+    ] = 1
     internode_bytes_s: Annotated[
         float,
+        _GROUPS,
         Meta(ge=0.0, le=1e15, description="bytes per second between two nodes, each way; 0: as within one"),
     ] = 0.0
 

@@ -115,9 +115,10 @@ class MeasuredPlanner:
     def _least_s(self, profile: WorkerProfile, tokens: int, kv_tokens: int, layout: Layout, kv_free: int) -> float:
         """By the cheapest scheme whose KV fits; of a ring it always does."""
         times, size = scheme_times(profile, tokens, layout, internode_bytes_s=self._internode_bytes_s), sum(layout)
-        return min(
+        cheapest_first = sorted(times.possible, key=lambda each: each[1])
+        return next(
             seconds
-            for scheme, seconds in times.possible
+            for scheme, seconds in cheapest_first
             if scheme.per_node == 1 or max(_reserved(scheme, kv_tokens, profile, size)) <= kv_free
         )
 

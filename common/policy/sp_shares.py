@@ -13,6 +13,7 @@ place each, where every rank owns; Ulysses or Megatron alone is a mesh of one no
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
@@ -154,6 +155,7 @@ class HeadShare:
         return -(-kv_tokens * self.kv_heads // kv_heads)
 
 
+@lru_cache(maxsize=256)
 def head_shares(query_heads: int, kv_heads: int, degree: int) -> tuple[HeadShare, ...]:
     """Deal the query heads out over `degree` places as evenly as they go, and with them the KV heads they attend to:
     one that several places need is on each of them. A place for which no query head is left (never the first) has

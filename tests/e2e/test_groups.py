@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from common.messages.cluster import ExchangeCost
 from common.messages.sp import GroupFormed
+from common.policy import live_planner
+from common.policy.live_costs import scheme_times
 from common.units import RequestId
 from services.prefill_worker.service import PrefillWorker
 from tests.cluster.world import Answer
@@ -35,6 +38,44 @@ def folder(tmp_path: Path) -> Path:
         max_position_embeddings=1_024,
         initializer_range=0.05,
     )
+
+
+@pytest.mark.parametrize(
+    ("workers", "nodes", "scheme"),
+    [
+        (2, 1, "ulysses/megatron 2"),
+        (2, 1, "megatron/ulysses 2"),
+        (4, 2, "ring 2 x ulysses 2"),
+        (4, 2, "ring 2 x megatron 2"),
+    ],
+)
+async def test_a_long_by_every_kind_of_scheme_answers_as_transformers_does_and_is_booked_as_it_is_held(
+    folder, monkeypatch, workers, nodes, scheme
+):
+    def priced(*args, **more):
+        times = scheme_times(*args, **more)
+        size = sum(args[2])
+        cheap = tuple((each, took_s / (10.0 if each.name(size) == scheme else 1.0)) for each, took_s in times.possible)
+        return times._replace(possible=cheap)
+
+    monkeypatch.setattr(live_planner, "scheme_times", priced)
+    reference = reference_model(folder)
+    rng = random.Random(workers)
+    prompt = [rng.randrange(1_000) for _ in range(501)]
+    tokens, _ = reference_greedy(reference, prompt, 40)
+    options = {"threshold_tokens": THRESHOLD, "chunk_tokens": 32, "shorts_spare": 0.0}
+    exchange = ExchangeCost(message_s=1e-5, byte_s=2e-10, merge_element_s=5e-10)
+    async with torch_cluster(
+        folder, prefill=workers, nodes=nodes, group_max=workers, exchange=exchange, **options
+    ) as c:
+        answer = c.ask(prompt, tokens)
+        await c.until(lambda: c.crashed or len(answer.tokens) > 3)
+        held = {worker.worker_id: worker.kv_reserved for worker in c.scheduler.cluster.replicas.values()}
+        assert held == {name: engine.kv_used_tokens for name, engine in c.engines().items() if name in held}
+        await c.until(lambda: c.crashed or answer.ended)
+        assert not c.crashed
+        assert answer.tokens == tokens
+        assert any(f" by {scheme} (" in line for line in c.scheduler.story(answer.request_id))
 
 
 @pytest.mark.parametrize("workers", [2, 3])

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from common.messages.base import Message
-from common.messages.cluster import StepCost
+from common.messages.cluster import ExchangeCost, StepCost
 from common.messages.sp import GroupFormed, GroupPaused, GroupResumed, PauseGroup, ResumeGroup
 from common.policy.lifecycle import RequestState
 from common.policy.scheduler_io import SchedulerHeard
@@ -115,6 +115,7 @@ class TorchCluster(Cluster):
         chunk_tokens: int = 64,
         prefill: int = 2,
         answer_s: float = BOUND_S,
+        exchange: ExchangeCost | None = None,
         **options: Any,
     ) -> None:
         super().__init__(prefill=prefill, lease_s=BOUND_S, **options)
@@ -126,6 +127,7 @@ class TorchCluster(Cluster):
         self._chunk_tokens = chunk_tokens
         self._answer_s = answer_s
         # Rather too slow than too fast: a scheduler that overestimates a prefill lets it be paused to the end.
+        self._exchange = exchange
         self._step_cost = StepCost(pass_s=0.05, token_s=5e-3, pair_s=1e-6)
 
     @property
@@ -142,9 +144,13 @@ class TorchCluster(Cluster):
         return SpCoordinator(settings, bus, cast(Any, gate), incarnation=f"start-{self._starts}")
 
     def _make_prefill(self, bus: MemoryBus, gate: Gate, node: Node) -> PrefillWorker:
-        engine = WatchedPrefill(self.model, self._step_cost, kv_capacity_tokens=8_192, long_nice=0)
+        engine = WatchedPrefill(
+            self.model, self._step_cost, kv_capacity_tokens=8_192, long_nice=0, exchange=self._exchange
+        )
         node.engine = cast(Any, engine)
-        settings = PrefillWorkerSettings(worker_id=node.name, chunk_tokens=self._chunk_tokens, lease_s=BOUND_S)
+        settings = PrefillWorkerSettings(
+            worker_id=node.name, chunk_tokens=self._chunk_tokens, lease_s=BOUND_S, node=self._node_of[node.name]
+        )
         plane = open_data_plane(secret="s", transfer_s=BOUND_S)
         groups = open_group_links(secret="s", silence_s=BOUND_S, join_s=BOUND_S)
         return PrefillWorker(settings, bus, cast(Any, gate), engine, plane, groups=groups)

@@ -87,6 +87,7 @@ def test_a_mistake_is_one_line_that_names_flag_or_variable(cls, argv, env, parts
         (["--policy", "fifo", "--pause-max-s", "1"], {}, "--pause-max-s: has no effect with --policy fifo"),
         (["--no-preemption", "--pause-max-s", "1"], {}, "has no effect with --no-preemption; it needs --preemption"),
         (["--long-order", "arrival", "--long-aging", "0.1"], {}, "it needs --long-order remaining"),
+        (["--internode-bytes-s", "1e9"], {}, "has no effect with --group-max 1; it needs --group-max 2"),
         (["--reserved-long-tokens", "9"], {}, "with --policy pecsched; it needs --policy reservation"),
         (["--policy", "fifo"], {"PECSCHED_COLOCATION": "0"}, "PECSCHED_COLOCATION: has no effect with --policy fifo"),
     ],
