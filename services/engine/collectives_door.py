@@ -133,14 +133,15 @@ class TcpGroupLinks:
             gathering.arrived.clear()
             return TcpGroupLink(rank, sockets, silence_s=self._silence_s)
         finally:
-            await _end([meeting, *watches])
-            await _hang_up(calls)
             gathering.over = True
             gathering.known.set()
             if self._gatherings.get(key) is gathering:
                 del self._gatherings[key]
             for channel in gathering.arrived.values():
                 channel.close()
+            for call in calls:  # does nothing to one whose socket is released
+                call.add_done_callback(_hang_up)
+            await _end([*calls, meeting, *watches])
 
     async def close(self) -> None:
         await self._tasks.cancel()
@@ -250,12 +251,9 @@ async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
             task.exception()
 
 
-async def _hang_up(calls: Sequence[asyncio.Task[Channel]]) -> None:
-    """End the calls of a group that did not come together; does nothing to one that did, whose sockets are released."""
-    await _end(calls)
-    for call in calls:
-        if not call.cancelled() and call.exception() is None:
-            call.result().close()
+def _hang_up(call: asyncio.Task[Channel]) -> None:
+    if not call.cancelled() and call.exception() is None:
+        call.result().close()
 
 
 def open_group_links(

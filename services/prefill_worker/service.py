@@ -65,6 +65,7 @@ from common.runtime import subjects
 from common.runtime.bus import Bus
 from common.runtime.shell import JournalSink
 from common.runtime.store import Store, StoreError
+from common.runtime.supervisor import Supervisor
 from common.settings import PrefillWorkerSettings
 from common.units import Attempt, RequestId, WorkerId
 from services.engine.collectives import GroupBroken, GroupKey, GroupLink, GroupLinks, GroupShare
@@ -126,9 +127,8 @@ class PrefillWorker:
         self._groups: GroupLinks | None = None
         self._links: dict[RequestId, GroupLink] = {}
         """Of shared sequences that are open."""
-        self._joining: dict[RequestId, asyncio.Task[None]] = {}
-        self._leaving: set[asyncio.Task[None]] = set()
-        """Of those that join: the ones that were told not to."""
+        self._joining: dict[RequestId, asyncio.Event] = {}
+        """Of those whose ranks meet: set, if these are waited for no more."""
         self._handoffs: dict[RequestId, Handoff] = {}
         self._pass_id: int | None = None
 
@@ -231,7 +231,8 @@ class PrefillWorker:
     def _open(self, command: OpenSequence) -> None:
         prompt = command.spec.prompt
         if command.share is not None:
-            self._shell.spawn(self._join(command, command.share), name=f"join {command.spec.request_id}")
+            leave = self._joining[command.spec.request_id] = asyncio.Event()
+            self._shell.spawn(self._join(command, command.share, leave), name=f"join {command.spec.request_id}")
         elif prompt.inline is not None:
             self._reserve(command, prompt.inline)
         else:
@@ -256,20 +257,17 @@ class PrefillWorker:
             self._open_failed(command, "the prompt is not in the store (any more)")
         return data
 
-    async def _join(self, command: OpenSequence, share: SequenceShare) -> None:
-        """Meet the other ranks, then open this rank's share; unless told to wait for them no more."""
-        request_id, task = command.spec.request_id, asyncio.current_task()
-        assert task is not None
-        self._joining[request_id] = task
+    async def _join(self, command: OpenSequence, share: SequenceShare, leave: asyncio.Event) -> None:
+        """Meet the other ranks, then open this rank's share; unless told, at any time, to wait for them no more."""
         try:
-            await self._meet(command, share)
-        except asyncio.CancelledError:
-            if task not in self._leaving:
-                raise
-            self._open_failed(command, "given up while its ranks had not met")
+            async with Supervisor() as tasks:
+                meeting = tasks.spawn(self._meet(command, share), name="meeting")
+                leaving = tasks.spawn(leave.wait(), name="leaving")
+                await asyncio.wait([meeting, leaving], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            del self._joining[request_id]
-            self._leaving.discard(task)
+            del self._joining[command.spec.request_id]
+        if meeting.cancelled():
+            self._open_failed(command, "given up while its ranks had not met")
 
     async def _meet(self, command: OpenSequence, share: SequenceShare) -> None:
         if self._groups is None:
@@ -294,8 +292,7 @@ class PrefillWorker:
         if request_id in self._links:
             self._links[request_id].abort()
         elif request_id in self._joining:
-            self._leaving.add(self._joining[request_id])
-            self._joining[request_id].cancel()
+            self._joining[request_id].set()
 
     def _reserve(self, command: OpenSequence, prompt: bytes) -> None:
         spec = command.spec

@@ -27,6 +27,7 @@ from common.runtime.bus_memory import MemoryBroker, MemoryBus
 from common.runtime.store_memory import MemoryStore
 from common.runtime.wire import decode, encode
 from common.settings import PrefillWorkerSettings
+from services.engine.collectives_memory import MemoryGroupHub
 from services.engine.data_plane import KvArrival, KvHeader
 from services.engine.timed import TimedDecodeEngine, TimedPrefillEngine, TimedShape
 from services.engine.transport_memory import MemoryHub
@@ -97,7 +98,12 @@ class PrefillWorld:
         self.engine = TimedPrefillEngine(shape)
         self.settings = PrefillWorkerSettings(worker_id=WORKER, engine="timed", drain_s=DRAIN_S, lease_s=3.0)
         self.worker = PrefillWorker(
-            self.settings, MemoryBus(self.broker, WORKER), self.store, self.engine, self.hub.plane(transfer_s=1.0)
+            self.settings,
+            MemoryBus(self.broker, WORKER),
+            self.store,
+            self.engine,
+            self.hub.plane(transfer_s=1.0),
+            groups=MemoryGroupHub().links(join_s=50.0),
         )
         self.decode = DecodeSide(shape)
         self.decode_plane = self.hub.plane(transfer_s=1.0)(self.decode)

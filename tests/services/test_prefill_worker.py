@@ -11,11 +11,15 @@ from common.messages.cluster import WorkerLeft
 from common.messages.locations import KvLocation, WorkerLease
 from common.messages.prefill import DropRequest, KvReleased, PrefillFailed, PrefillFinished
 from common.messages.sp import (
+    DropSegment,
+    LoadSegment,
     PauseSegment,
     RunSegment,
+    SegmentDropped,
     SegmentFailed,
     SegmentFinished,
     SegmentLoaded,
+    SegmentPart,
     SegmentPaused,
     SegmentPrefilled,
     SegmentRunning,
@@ -324,3 +328,26 @@ async def test_cancelled_it_is_gone_without_a_word():
         await world.short(world.spec("a", 400))
         await world.until_it_computes()
     assert not world.of(WorkerLeft)
+
+
+@pytest.mark.parametrize("after_s", [None, 0.0, 0.01, 1.0])
+@virtual
+async def test_a_share_that_is_dropped_while_its_ranks_meet_is_gone_at_once(after_s):
+    """Also if the drop comes before anything was done about the order to load."""
+    async with prefill_world() as world:
+        spec = world.spec("a", 100)
+        load = LoadSegment(
+            worker_id=WORKER,
+            spec=spec,
+            rank=0,
+            members=(WORKER, "p1"),
+            parts=(SegmentPart(start=0, tokens=100),),
+            addresses=("here:1", "nobody:1"),
+            epoch=1,
+        )
+        world.worker._shell.tell(load)
+        if after_s is not None:
+            await asyncio.sleep(after_s)
+        world.worker._shell.tell(DropSegment(worker_id=WORKER, request_id="a", attempt=0, epoch=1))
+        await world.until(lambda: bool(world.of(SegmentDropped)), within_s=0.5)
+        world.require_empty()
