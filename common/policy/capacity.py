@@ -9,12 +9,11 @@ from common.policy.costs import decode_slot_tokens
 
 def beyond_capacity(cluster: Cluster, config: SchedulerConfig, spec: RequestSpec, *, is_long: bool) -> str | None:
     """Why none of them can ever hold its KV; None: they can, or nobody is there to say."""
-    prefill_max, decode_max = cluster.kv_max("prefill"), cluster.kv_max("decode")
-    group_max = prefill_max * min(config.group_max, len(cluster.replicas))
+    prefill_max = cluster.kv_max("prefill")
     if is_long:
+        group_max = prefill_max * min(config.group_max, len(cluster.replicas))
         return _too_long(spec, group_max) if 0 < group_max < spec.kv_tokens else None
-    if not config.disaggregation:
-        decode_max = prefill_max
+    decode_max = cluster.kv_max("decode") if config.disaggregation else prefill_max
     if 0 < prefill_max < spec.prompt.tokens or 0 < decode_max < decode_slot_tokens(spec.kv_tokens):
         return _too_long(spec, min(prefill_max, decode_max))
     return None

@@ -8,18 +8,19 @@ costs O(log n).
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import msgspec
-from sortedcontainers import SortedDict
 
 from common.messages.base import Record
 from common.messages.cluster import WorkerProfile, WorkerRole
 from common.messages.groups import RING, GroupScheme
 from common.messages.requests import LengthClass, RequestSpec
 from common.policy.core import InvariantViolated
+from common.policy.costs import decode_slot_tokens
 from common.policy.lifecycle import RequestState
 from common.policy.load_index import LoadIndex, NodeIndex
 from common.policy.preemption import PauseAccount
@@ -80,6 +81,8 @@ class Request(msgspec.Struct, eq=False):
     is_long: bool = False
     tokens: int = 0
     """Its length in every queue."""
+    slot_tokens: int = 0
+    """What a decode worker sets aside for it, as a short."""
 
     def __post_init__(self) -> None:
         self.is_long = self.length_class == "long"
@@ -91,6 +94,7 @@ class Request(msgspec.Struct, eq=False):
         self.request_id = spec.request_id
         self.key = (spec.request_id, spec.attempt)
         self.tokens = spec.prompt.tokens
+        self.slot_tokens = decode_slot_tokens(spec.kv_tokens)
 
     @property
     def workers(self) -> tuple[WorkerId, ...]:
@@ -128,11 +132,6 @@ class Worker:
     def __post_init__(self) -> None:
         self.worker_id = self.profile.worker_id
         self.kv_free = self.profile.kv_capacity_tokens
-
-    def set_aside(self, tokens: int) -> None:
-        """KV; below 0: given back."""
-        self.kv_reserved += tokens
-        self.kv_free -= tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -188,9 +187,10 @@ class Cluster:
         changes one entry, not 28.)"""
         self.standing: LoadIndex[RequestId] = LoadIndex()
         """Groups that are paused, or about to be, by the queued tokens of their least loaded replica."""
-        self.running: SortedDict = SortedDict()
-        """The other groups, by size, then by how long ago they were formed or paused: (members, serial) → request."""
-        self._running_as: dict[RequestId, tuple[int, int]] = {}
+        self.running: list[tuple[int, int, RequestId]] = []
+        """The other groups, by size, then by how long ago they were formed or paused: members, serial, request. (To
+        insert moves the pointers behind it, faster than any tree finds its place.)"""
+        self._running_as: dict[RequestId, tuple[int, int, RequestId]] = {}
         self._serial = 0
         self.seats: set[WorkerId] = set()
         """Replicas whose prefill place is free."""
@@ -230,10 +230,11 @@ class Cluster:
 
     def kv_max(self, role: WorkerRole) -> int:
         """The largest KV capacity among the workers of a role; 0: there is none."""
-        if role not in self._kv_max:
+        found = self._kv_max.get(role)
+        if found is None:
             workers = self.replicas.values() if role == "prefill" else self.decoders.values()
-            self._kv_max[role] = max((w.profile.kv_capacity_tokens for w in workers), default=0)
-        return self._kv_max[role]
+            found = self._kv_max[role] = max((w.profile.kv_capacity_tokens for w in workers), default=0)
+        return found
 
     def replicas_by_node(self, count: int) -> list[int]:
         """How many replicas the `count` largest nodes have."""
@@ -263,10 +264,7 @@ class Cluster:
 
     def _reindex(self, worker: Replica | Decoder) -> None:
         if isinstance(worker, Decoder):
-            if worker.suspected:
-                self.decoder_load.discard(worker.worker_id)
-            else:
-                self.decoder_load.set(worker.worker_id, worker.kv_reserved)
+            self._index_decoder(worker)
             return
         worker_id, home = worker.worker_id, self._home_of(worker)
         if worker.home is not home:
@@ -274,11 +272,23 @@ class Cluster:
                 worker.home.discard(worker_id)
             worker.home = home
             (self.seats.add if worker.long is None else self.seats.discard)(worker_id)
-        home.set(worker_id, worker.queued_tokens)
-        if worker.long is not None and worker.long in self.standing:
-            self._stands(worker.long)
-        if worker.is_vacant:
-            self.room_changes += self.vacant.add(worker_id, worker.profile.node)
+        self._reload(worker)
+
+    def _index_decoder(self, decoder: Decoder) -> None:
+        if decoder.suspected:
+            self.decoder_load.discard(decoder.worker_id)
+        else:
+            self.decoder_load.set(decoder.worker_id, decoder.kv_reserved)
+
+    def _reload(self, replica: Replica) -> None:
+        """Its shorts changed: its load, not its home."""
+        worker_id = replica.worker_id
+        assert replica.home is not None
+        replica.home.set(worker_id, replica.queued_tokens)
+        if replica.long is not None and replica.long in self.standing:
+            self._stands(replica.long)
+        if replica.is_vacant:
+            self.room_changes += self.vacant.add(worker_id, replica.profile.node)
         else:
             self.vacant.discard(worker_id)
 
@@ -314,15 +324,14 @@ class Cluster:
 
     def _runs(self, request_id: RequestId) -> None:
         self._serial += 1
-        place = (len(self.requests[request_id].members), self._serial)
-        self._running_as[request_id] = place
-        self.running[place] = request_id
+        place = self._running_as[request_id] = (len(self.requests[request_id].members), self._serial, request_id)
+        insort(self.running, place)
 
     def _runs_not(self, request_id: RequestId) -> None:
         self.standing.discard(request_id)
         place = self._running_as.pop(request_id, None)
         if place is not None:
-            del self.running[place]
+            del self.running[bisect_left(self.running, place)]
 
     # --- KV --------------------------------------------------------------------------------------
 
@@ -330,9 +339,10 @@ class Cluster:
         if key in worker.held:
             raise InvariantViolated(f"{key} is reserved twice on {worker.worker_id}")
         worker.held[key] = Reservation(tokens=tokens, ordered_s=now_s)
-        worker.set_aside(tokens)
+        worker.kv_reserved += tokens
+        worker.kv_free -= tokens
         if isinstance(worker, Decoder):
-            self._reindex(worker)
+            self._index_decoder(worker)
 
     def release(self, worker_id: WorkerId, key: HoldKey) -> bool:
         """The worker holds nothing of this attempt any more. False: it was not on the books."""
@@ -341,15 +351,17 @@ class Cluster:
             return False
         reservation = worker.held.pop(key, None)
         if reservation is not None:
-            worker.set_aside(-reservation.tokens)
-        if isinstance(worker, Replica):
-            request = self.requests.get(key[0])
-            self.room_changes += request is None or request.is_long
-            if key not in worker.queued and key not in worker.resident:
-                return reservation is not None
+            worker.kv_reserved -= reservation.tokens
+            worker.kv_free += reservation.tokens
+        if isinstance(worker, Decoder):
+            self._index_decoder(worker)
+            return reservation is not None
+        request = self.requests.get(key[0])
+        self.room_changes += request is None or request.is_long
+        if key in worker.queued or key in worker.resident:
             worker.queued_tokens -= worker.queued.pop(key, 0)
             worker.resident.discard(key)
-        self._reindex(worker)
+            self._reload(worker)
         return reservation is not None
 
     # --- places ----------------------------------------------------------------------------------
@@ -357,7 +369,7 @@ class Cluster:
     def enqueue_short(self, replica: Replica, request: Request) -> None:
         replica.queued[request.key] = request.tokens
         replica.queued_tokens += request.tokens
-        self._reindex(replica)
+        self._reload(replica)
 
     def dequeue_short(self, worker_id: WorkerId, key: HoldKey, *, stays: bool = False) -> None:
         """Its prefill is done. Its KV stays until handed over, or, if it `stays` to decode here, to its end."""
@@ -366,7 +378,7 @@ class Cluster:
             replica.queued_tokens -= replica.queued.pop(key, 0)
             if stays:
                 replica.resident.add(key)
-            self._reindex(replica)
+            self._reload(replica)
 
     def seat_long(self, replica: Replica, request_id: RequestId) -> None:
         if replica.long is not None:

@@ -32,7 +32,7 @@ def shorts_s(cost: StepCost, tokens: int, batch_tokens: int) -> float:
     own is small."""
     if tokens == 0:
         return 0.0
-    return cost.pass_s * math.ceil(tokens / batch_tokens) + cost.token_s * tokens
+    return cost.pass_s * -(-tokens // batch_tokens) + cost.token_s * tokens
 
 
 def chunk_tokens(cost: StepCost, layers: int, past: int, *, step_s_max: float, tokens_max: int) -> int:

@@ -177,7 +177,7 @@ def replicas_are_indexed_by_their_state(cluster: Cluster) -> None:
         lightest = cluster.groups[request_id].lightest()
         wanted = lightest[0] if stands and lightest is not None else None
         require(cluster.standing.load_of(request_id) == wanted, f"{request_id}: its least load while it stands")
-    running = set(cluster.running.values())
+    running = {request_id for _, _, request_id in cluster.running}
     require(running | set(cluster.standing.ids()) == cluster.groups.keys(), "a group runs, or stands")
     require(len(cluster.running) + len(cluster.standing) == len(cluster.groups), "no group does both")
     for name, replica in cluster.replicas.items():

@@ -6,7 +6,7 @@ the store and the owners informed, so that a handler says only *what* happens. M
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final
@@ -77,7 +77,7 @@ class Ledger:
         self.policy = make_policy(config, self.planner)
         self.counters: Counter[str] = Counter()
         self.stories = StoryLog()
-        self.by_router: dict[RouterId, set[RequestId]] = {}
+        self.by_router: defaultdict[RouterId, set[RequestId]] = defaultdict(set)
         self.grouped: dict[RequestId, Request] = {}
         """Longs that have a group."""
         self.ended: OrderedDict[RequestId, tuple[int, float]] = OrderedDict()
@@ -183,8 +183,9 @@ class Ledger:
         del self.cluster.requests[request_id]
         self.grouped.pop(request_id, None)
         self.awaiting.drop(request_id)
-        self.by_router[request.spec.router_id].discard(request_id)
-        if not self.by_router[request.spec.router_id]:
+        siblings = self.by_router[request.spec.router_id]
+        siblings.discard(request_id)
+        if not siblings:
             del self.by_router[request.spec.router_id]
         self.ended[request_id] = (request.spec.attempt, self.now_s)
         if len(self.ended) > ENDED_REMEMBERED_MAX:
@@ -238,20 +239,22 @@ class Ledger:
         """All that gathered, and the records that are out of date."""
         out, self.out = self.out, []
         if self._unsaved:
-            out += [SaveRequest(record=self._record_of(request)) for request in self._unsaved.values()]
+            out += map(self._record_of, self._unsaved.values())
             self._unsaved.clear()
         return out
 
     def save(self, request: Request) -> None:
         self._unsaved[request.request_id] = request
 
-    def _record_of(self, request: Request) -> RequestRecord:
-        return RequestRecord(
-            spec=request.spec,
-            length_class=request.length_class,
-            state=request.state.value,
-            workers=request.workers,
-            epoch=self.epoch,
+    def _record_of(self, request: Request) -> SaveRequest:
+        return SaveRequest(
+            record=RequestRecord(
+                spec=request.spec,
+                length_class=request.length_class,
+                state=str(request.state),
+                workers=request.workers,
+                epoch=self.epoch,
+            )
         )
 
     def emit(
@@ -270,9 +273,11 @@ class Ledger:
     ) -> None:
         """Stamp a message with its cause and this scheduler's epoch, and send it."""
         # In place, though it is frozen: it was made for this call, and nobody else has seen it yet.
-        force_setattr(command, "cause", self.cause)
+        cause = self.cause
+        force_setattr(command, "cause", cause)
         force_setattr(command, "epoch", self.epoch)
-        self.note(command.spec.request_id if isinstance(command, WITH_SPEC) else command.request_id, command)
+        request_id = command.spec.request_id if isinstance(command, WITH_SPEC) else command.request_id
+        self.stories.note(request_id, self.now_s, cause, command)
         self.out.append(command)
 
     def accept(self, request: Request) -> None:

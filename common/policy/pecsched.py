@@ -23,7 +23,7 @@ import math
 from collections.abc import Iterator
 
 from common.policy.cluster import Cluster, Request, SchedulerConfig
-from common.policy.costs import decode_slot_tokens, shorts_s
+from common.policy.costs import shorts_s
 from common.policy.decisions import Decision, PauseLong, PlaceLong, PlaceShort, ResumeLong
 from common.policy.lifecycle import RequestState
 from common.policy.long_planner import LongPlanner
@@ -120,18 +120,16 @@ class PecSchedPolicy:
             for request_id in self._timers.due(now_s):
                 if request_id in cluster.requests:
                     self._touched[request_id] = cluster.requests[request_id]
+        self._retry_s = None
+        short = self._shorts.head
         return (
-            self._next_short(cluster, now_s)
+            (self._next_short(cluster, short, now_s) if short is not None else None)
             or self._next_long(cluster, now_s)
-            or self._next_pause_change(cluster, now_s)
+            or (self._next_pause_change(cluster, now_s) if self._touched else None)
         )
 
-    def _next_short(self, cluster: Cluster, now_s: float) -> Decision | None:
-        self._retry_s = None
-        request = self._shorts.head()
-        if request is None:
-            return None
-        decoder = decoder_for(cluster, decode_slot_tokens(request.spec.kv_tokens))
+    def _next_short(self, cluster: Cluster, request: Request, now_s: float) -> Decision | None:
+        decoder = decoder_for(cluster, request.slot_tokens)
         if decoder is None and self._config.disaggregation:
             return None
         place = place_short(cluster, self._config, self._bounds, request, now_s)
@@ -143,7 +141,7 @@ class PecSchedPolicy:
         return PlaceShort(request, place.replica.worker_id, home.worker_id, place.rule, pause)
 
     def _next_long(self, cluster: Cluster, now_s: float) -> Decision | None:
-        request = self._longs.head()
+        request = self._longs.head
         if request is None:
             self._wake_for_long_s = None
             return None

@@ -17,8 +17,6 @@ prefill; without *preemption* it does neither; without *disaggregation* it decod
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from itertools import islice
 from typing import Literal
 
 import msgspec
@@ -67,7 +65,7 @@ def decoder_for(cluster: Cluster, slot_tokens: int) -> Decoder | None:
     """The decoder with the least reserved KV that has a row and a slot free."""
     for worker_id in cluster.decoder_load.least():
         decoder = cluster.decoders[worker_id]
-        if decoder.has_row and decoder.kv_free >= slot_tokens:
+        if decoder.kv_free >= slot_tokens and decoder.has_row:
             return decoder
     return None
 
@@ -177,7 +175,7 @@ def place_short(
 def _least_queued(cluster: Cluster, config: SchedulerConfig, request: Request) -> Replica | None:
     for worker_id in cluster.idle.least():
         replica = cluster.replicas[worker_id]
-        if not _has_batch_room(replica, request, config):
+        if not _has_batch_room(replica.queued_tokens, request, config):
             break  # the others have more to do
         if _fits(replica, request, config):
             return replica
@@ -207,7 +205,8 @@ def _behind_others(cluster: Cluster, config: SchedulerConfig, request: Request, 
     shared = None
     if config.colocation:
         candidates = (cluster.replicas[worker_id] for worker_id in cluster.decoding.least())
-        fitting = (r for r in candidates if _fits(r, request, config) and _has_batch_room(r, request, config))
+        roomy = (r for r in candidates if _has_batch_room(r.queued_tokens, request, config))
+        fitting = (r for r in roomy if _fits(r, request, config))
         shared = next(fitting, None)
     if shared and (free is None or _wait_s(shared, config) < _wait_s(free, config)):
         return Place(shared, "colocate")
@@ -228,25 +227,27 @@ def _by_pausing(
     if paused and _wait_s(paused, config) <= config.wait_instead_of_pause_s:
         return Place(paused, "paused")
     to_pause: Replica | None = None
-    least: tuple[int, float] | None = None
+    smallest, most_left_s = 0, -math.inf
     retry_s: float | None = None
-    for long, replica in _running(cluster):
-        if least is not None and len(long.members) > least[0]:
+    for size, _, request_id in cluster.running[:GROUPS_MAX]:
+        if to_pause and size > smallest:
             break  # the smallest come first
+        long, lightest = cluster.requests[request_id], cluster.groups[request_id].lightest()
         pauses = long.pauses
-        if pauses is None or long.state is not RequestState.RUNNING:
+        if pauses is None or long.state is not RequestState.RUNNING or lightest is None:
             continue
-        cost = (len(long.members), -pauses.remaining_s(now_s))
-        if least is not None and cost >= least:
+        left_s = pauses.remaining_s(now_s)
+        replica = cluster.replicas[lightest[1]]
+        if left_s <= most_left_s or not _has_batch_room(lightest[0], request, config):
             continue
-        if not (_fits(replica, request, config) and _has_batch_room(replica, request, config)):
+        if not _fits(replica, request, config):
             continue
         needed_s = _wait_s(replica, config) + _run_s(replica, request)
         pausable_s = pauses.pausable_from_s(now_s, needed_s, bounds)
         if pausable_s is None:
             continue
         if pausable_s <= now_s:
-            least, to_pause = cost, replica
+            to_pause, smallest, most_left_s = replica, size, left_s
         elif retry_s is None or pausable_s < retry_s:
             retry_s = pausable_s
     if to_pause:
@@ -264,6 +265,8 @@ def _paused_already(
 ) -> Replica | None:
     """The least queued replica whose long stands still for long enough."""
     for request_id in cluster.standing.least(GROUPS_MAX):
+        if not _has_batch_room(cluster.standing.load_of(request_id) or 0, request, config):
+            return None  # its least loaded replica has more to do than fits, and those of the others too
         pauses = cluster.requests[request_id].pauses
         if pauses is None:
             continue
@@ -273,17 +276,9 @@ def _paused_already(
             wait_s = _wait_s(replica, config)
             if wait_s >= free_wait_s or wait_s + _run_s(replica, request) > left_s:
                 break  # those with more to do start later still
-            if _fits(replica, request, config) and _has_batch_room(replica, request, config):
+            if _fits(replica, request, config) and _has_batch_room(replica.queued_tokens, request, config):
                 return replica
     return None
-
-
-def _running(cluster: Cluster) -> Iterator[tuple[Request, Replica]]:
-    """Each long that prefills with the least queued replica of its group; a bounded number, the smallest first."""
-    for request_id in islice(cluster.running.values(), GROUPS_MAX):
-        lightest = cluster.groups[request_id].lightest()
-        if lightest is not None:
-            yield cluster.requests[request_id], cluster.replicas[lightest[1]]
 
 
 def _fits(replica: Replica, request: Request, config: SchedulerConfig) -> bool:
@@ -291,14 +286,15 @@ def _fits(replica: Replica, request: Request, config: SchedulerConfig) -> bool:
     return replica.kv_free >= needed and request.tokens <= replica.profile.context_tokens
 
 
-def _has_batch_room(replica: Replica, request: Request, config: SchedulerConfig) -> bool:
+def _has_batch_room(queued_tokens: int, request: Request, config: SchedulerConfig) -> bool:
     """In-flight credit: a replica gets no more shorts than it can take in a few passes; the others stay
     in the global queue, where a replica that frees up sooner can have them."""
-    return replica.queued_tokens == 0 or replica.queued_tokens + request.tokens <= config.batch_tokens_max
+    return queued_tokens == 0 or queued_tokens + request.tokens <= config.batch_tokens_max
 
 
 def _wait_s(replica: Replica, config: SchedulerConfig) -> float:
-    return shorts_s(replica.profile.step_cost, replica.queued_tokens, config.batch_tokens_max)
+    queued = replica.queued_tokens
+    return shorts_s(replica.profile.step_cost, queued, config.batch_tokens_max) if queued else 0.0
 
 
 def _run_s(replica: Replica, request: Request) -> float:

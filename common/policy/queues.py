@@ -31,37 +31,34 @@ class RequestQueue:
         self._behind: SortedDict = SortedDict()
         """All but the head."""
         self._rank_of: dict[RequestId, tuple[float, int]] = {}
-        self._head: Request | None = None
+        self.head: Request | None = None
+        """The first: an attribute, for it is asked at every event. Set here alone."""
         self.tokens = 0
 
     def push(self, request: Request) -> None:
-        place, head = (self._rank(request), request.order), self._head
+        place, head = (self._rank(request), request.order), self.head
         self._rank_of[request.request_id] = place
         self.tokens += request.tokens
         if head is None:
-            self._head = request
+            self.head = request
             return
         head_place = self._rank_of[head.request_id]
         if place < head_place:
-            self._head, request, place = request, head, head_place
+            self.head, request, place = request, head, head_place
         self._behind[place] = request
-
-    def head(self) -> Request | None:
-        """The first; O(1), for it is asked at every event."""
-        return self._head
 
     def discard(self, request: Request) -> None:
         place = self._rank_of.pop(request.request_id, None)
         if place is None:
             return
         self.tokens -= request.tokens
-        if self._head is not None and self._head.request_id == request.request_id:
-            self._head = self._behind.popitem(0)[1] if self._behind else None
+        if self.head is not None and self.head.request_id == request.request_id:
+            self.head = self._behind.popitem(0)[1] if self._behind else None
         else:
             del self._behind[place]
 
     def first(self, count: int) -> Iterator[Request]:
-        return islice(chain(() if self._head is None else (self._head,), self._behind.values()), count)
+        return islice(chain(() if self.head is None else (self.head,), self._behind.values()), count)
 
     def __len__(self) -> int:
         return len(self._rank_of)

@@ -48,7 +48,6 @@ from common.messages.views import ClusterView
 from common.policy.capacity import beyond_capacity
 from common.policy.cluster import Cluster, Decoder, Replica, Request, SchedulerConfig
 from common.policy.core import TimePassed
-from common.policy.costs import decode_slot_tokens
 from common.policy.decisions import Decision, PauseLong, PlaceLong, PlaceShort, ResumeLong
 from common.policy.ledger import Ledger
 from common.policy.lifecycle import HANDING_OVER, IN_GROUP, RequestState
@@ -96,7 +95,7 @@ class Scheduler:
             self._membership.first_event()
         request_id = getattr(event, "request_id", None)
         if request_id is not None:
-            ledger.note(request_id, event)
+            ledger.stories.note(request_id, now_s, ledger.cause, event)
         self._dispatch(event)
         if now_s >= self._membership.quiet_until_s:
             self._membership.expire()
@@ -197,7 +196,7 @@ class Scheduler:
             state_since_s=self._ledger.now_s,
         )
         self._cluster.requests[spec.request_id] = request
-        self._ledger.by_router.setdefault(spec.router_id, set()).add(spec.request_id)
+        self._ledger.by_router[spec.router_id].add(spec.request_id)
         self._membership.router_spoke(spec.router_id)
         self._counters["accepted"] += 1
         self._queue(request)
@@ -230,9 +229,15 @@ class Scheduler:
         too_long = beyond_capacity(self._cluster, self._config, spec, is_long=is_long)
         if too_long is not None:
             return "too_long", too_long, None
-        if spec.attempt == 0 and self._policy.waiting_shorts() + self._policy.waiting_longs() >= self._config.queue_max:
+        if spec.attempt == 0 and self._is_full():
             return "queue_full", f"{self._config.queue_max} requests are waiting already; try again later", 1.0
         return None
+
+    def _is_full(self) -> bool:
+        queue_max = self._config.queue_max
+        if len(self._cluster.requests) < queue_max:  # who waits is one of them: mostly that is all there is to ask
+            return False
+        return self._policy.waiting_shorts() + self._policy.waiting_longs() >= queue_max
 
     def _refuse(self, spec: RequestSpec, code: RefusalCode, message: str, retry_after_s: float | None = None) -> None:
         self._counters["refused"] += 1
@@ -407,8 +412,7 @@ class Scheduler:
 
     def _reserve_decode(self, request: Request, decoder: Decoder) -> str:
         """Announces the request there. Returns the address its KV goes to."""
-        tokens = decode_slot_tokens(request.spec.kv_tokens)
-        self._cluster.reserve(decoder, request.key, tokens, self._ledger.now_s)
+        self._cluster.reserve(decoder, request.key, request.slot_tokens, self._ledger.now_s)
         assert request.prefill_worker is not None
         self._ledger.emit(
             ExpectKv(worker_id=decoder.worker_id, spec=request.spec, prefill_worker_id=request.prefill_worker)

@@ -14,12 +14,13 @@ class Timers(Generic[KeyT]):
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, KeyT]] = []
-        self._current: dict[KeyT, tuple[float, int]] = {}
+        self._current: dict[KeyT, int] = {}
+        """Serial of the entry that counts."""
         self._serial = 0
 
     def at(self, deadline_s: float, key: KeyT) -> None:
         self._serial += 1
-        self._current[key] = (deadline_s, self._serial)
+        self._current[key] = self._serial
         heapq.heappush(self._heap, (deadline_s, self._serial, key))
 
     def drop(self, key: KeyT) -> None:
@@ -28,15 +29,19 @@ class Timers(Generic[KeyT]):
     def due(self, now_s: float) -> Iterator[KeyT]:
         """Every key whose deadline has come, earliest first; each is taken off."""
         while self._heap and self._heap[0][0] <= now_s:
-            deadline_s, serial, key = heapq.heappop(self._heap)
-            if self._current.get(key) == (deadline_s, serial):
+            _, serial, key = heapq.heappop(self._heap)
+            if self._current.get(key) == serial:
                 del self._current[key]
                 yield key
 
     def next_s(self) -> float | None:
-        while self._heap and self._current.get(self._heap[0][2]) != self._heap[0][:2]:
-            heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else None
+        heap = self._heap
+        while heap:
+            deadline_s, serial, key = heap[0]
+            if self._current.get(key) == serial:
+                return deadline_s
+            heapq.heappop(heap)
+        return None
 
     def __len__(self) -> int:
         return len(self._current)

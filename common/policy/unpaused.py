@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from common.policy.cluster import Cluster, Replica, Request, SchedulerConfig
-from common.policy.costs import decode_slot_tokens
 from common.policy.placement import decoder_for
 from common.policy.queues import RequestQueue
 from common.units import WorkerId
@@ -70,10 +69,10 @@ def decode_home(cluster: Cluster, config: SchedulerConfig, request: Request, rep
     """Where a short that prefills on `replica` decodes; None: no decode worker has room."""
     if not config.disaggregation:
         return replica
-    decoder = decoder_for(cluster, decode_slot_tokens(request.spec.kv_tokens))
+    decoder = decoder_for(cluster, request.slot_tokens)
     return decoder.worker_id if decoder else None
 
 
 def decodes_nowhere(cluster: Cluster, config: SchedulerConfig, request: Request) -> bool:
     """Its KV is larger than any decode worker that is there: the others need not wait for it."""
-    return config.disaggregation and decode_slot_tokens(request.spec.kv_tokens) > cluster.kv_max("decode")
+    return config.disaggregation and request.slot_tokens > cluster.kv_max("decode")

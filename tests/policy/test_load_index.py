@@ -69,7 +69,7 @@ def test_a_queue_is_in_its_order_whoever_leaves(seed: int) -> None:
             plain.append(coming)
             queue.push(coming)
         plain.sort(key=lambda r: (r.arrived_s, r.order))
-        assert queue.head() is (plain[0] if plain else None)
+        assert queue.head is (plain[0] if plain else None)
         assert list(queue.first(4)) == plain[:4]
         assert len(queue) == len(plain)
         assert queue.tokens == sum(r.tokens for r in plain)
