@@ -273,5 +273,5 @@ def _calibration_lines(found: dict[str, float]) -> list[str]:
         f"beside computing {ms('beside_short_s')} per short and {ms('beside_long_s')} per long, "
         f"handover {ms('handover_s')};",
         f"speed of a core beside a busy one {times('together')}, and of decode where it waits for one "
-        f"{times('crowded')} of that",
+        f"{times('crowded')} of that, its weight counting {times('step_gain')}",
     ]

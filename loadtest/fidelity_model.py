@@ -17,7 +17,7 @@ from common.policy.cluster import SchedulerConfig
 from common.policy.cost_model import Link, StepCostModel
 from common.settings import DecodeWorkerSettings, PrefillWorkerSettings
 from loadtest.runner import MeasurementFailed
-from loadtest.simulator.cores import Cores
+from loadtest.simulator.cores import NICE_FACTOR, Cores
 from loadtest.simulator.costs import SoloCosts
 from loadtest.simulator.result import Outcome
 from loadtest.simulator.workload import Workload
@@ -87,7 +87,9 @@ class Calibration(Record, frozen=True, kw_only=True):
     """Speed of a core beside a busy one, of one that is alone."""
     crowded: float
     """Beside that, speed of a decode worker when longs keep all cores busy, so that it waits for one at every step, of
-    its share of the cores by weight."""
+    its share of the cores by weight; at most 1."""
+    step_gain: float = 1.0
+    """Where it is faster than that: by how much its weight counts for more; at least 1."""
 
     @property
     def hop_s(self) -> float:
@@ -160,14 +162,17 @@ class LiveCluster:
             chunk_tokens_max=self.worker.chunk_tokens,
         )
 
-    def shared_cores(self, *, together: float, crowded: float = 1.0) -> Cores:
-        """See `Cores`; only where `cores` is above 0."""
+    def shared_cores(self, found: Calibration) -> Cores | None:
+        """See `Cores`; None: they share none."""
+        if not self.cores:
+            return None
         return Cores(
             self.cores,
-            together=together,
-            crowded=crowded,
+            together=found.together,
+            crowded=found.crowded,
             background_nice=self.worker.long_nice,
             step_nice=self.decoder.decode_nice,
+            step_gain=found.step_gain,
         )
 
     def shape(self) -> ClusterShape:
@@ -208,7 +213,6 @@ def calibrate(live: LiveCluster, probes: Probes) -> Calibration:
         return handover_s + (probe.output_tokens - 1) * step_s
 
     together = _speed((alone_s(probe), probe.compute_s + probe.decode_s) for probe in probes.beside_long)
-    due = _crowded_share(live, together)
     crowded = [probe for probe in probes.crowded if probe.output_tokens == OUTPUT_TOKENS]
     long_s = SoloCosts(measured, measured.layers).prefill_s(long.prompt_tokens, (1,))
     long_step_s = long.decode_s / (long.output_tokens - 1)
@@ -222,7 +226,7 @@ def calibrate(live: LiveCluster, probes: Probes) -> Calibration:
         beside_long_s=max(0.0, long.beside_s),
         handover_s=handover_s,
         together=together,
-        crowded=_factor((decode_alone_s(probe), due * probe.decode_s) for probe in crowded),
+        **_in_a_crowd(live, _speed((decode_alone_s(probe), together * probe.decode_s) for probe in crowded)),
     )
 
 
@@ -251,32 +255,19 @@ def _decode_of(alone: Sequence[Probe]) -> tuple[float, float]:
 
 def _speed(pairs: Iterable[tuple[float, float]]) -> float:
     """Of work that would take the first by itself and took the second; at most 1, and 1 without any."""
-    return min(1.0, _factor(pairs))
+    return min(1.0, median([alone_s / took_s for alone_s, took_s in pairs] or [1.0]))
 
 
-def _factor(pairs: Iterable[tuple[float, float]]) -> float:
-    """First over second, in the median; 1 without any."""
-    return median([first / second for first, second in pairs] or [1.0])
-
-
-def _crowded_share(live: LiveCluster, together: float) -> float:
-    """Speed that is a decode worker's due, by weight alone, while every prefill worker has a long."""
-    if not live.cores:
-        return 1.0
-    cores, decoder = live.shared_cores(together=together), _Share()
-    for _ in live.prefill:
-        cores.use(_Share(), background=True)
-    cores.use(decoder, steps=True)
-    return decoder.speed
-
-
-class _Share:
-    """See `cores.Task`."""
-
-    speed = 1.0
-
-    def set_speed(self, speed: float) -> None:
-        self.speed = speed
+def _in_a_crowd(live: LiveCluster, share: float) -> dict[str, float]:
+    """`Calibration.crowded` and `.step_gain`, from the share of a core that decode was seen to get while every prefill
+    worker had a long."""
+    longs = len(live.prefill) * NICE_FACTOR**-live.worker.long_nice
+    weight = NICE_FACTOR**-live.decoder.decode_nice
+    due = min(1.0, live.cores * weight / (weight + longs)) if len(live.prefill) >= live.cores > 0 else 1.0
+    if share <= due:
+        return {"crowded": share / due}
+    share = min(share, 0.99)  # a whole core has no weight that explains it
+    return {"crowded": 1.0, "step_gain": share * longs / (live.cores - share) / weight}
 
 
 def replay(live: LiveCluster, found: Calibration, workload: Workload, *, seed: int) -> list[Outcome]:
@@ -284,9 +275,6 @@ def replay(live: LiveCluster, found: Calibration, workload: Workload, *, seed: i
     Raises: SimulationError, MeasurementFailed."""
     measured = live.costs()
     costs = LiveCosts(measured, found)
-    cores = None
-    if live.cores:
-        cores = live.shared_cores(together=found.together, crowded=found.crowded)
     world = World(
         live.shape(),
         live.config,
@@ -295,7 +283,7 @@ def replay(live: LiveCluster, found: Calibration, workload: Workload, *, seed: i
         None,
         seed=seed,
         hop_s=found.hop_s,
-        cores=cores,
+        cores=live.shared_cores(found),
     )
     outcomes = world.run(workload).outcomes
     for outcome in outcomes:

@@ -7,7 +7,8 @@ level a factor of 1.25). And cores are not independent of each other: with all o
 one alone, because they share caches and memory. `together` is how fast then, measured.
 
 Who computes a step at a time, and sleeps in between, also waits for a core at every step where all have something to
-do, though it is due the next one: `crowded` is how fast then, measured.
+do, though it is due the next one: `crowded` is how fast then, measured. Or it comes first more often than its weight
+says, for it has just slept: `step_gain` is by how much its weight counts for more, measured.
 """
 
 from __future__ import annotations
@@ -30,20 +31,27 @@ class Cores:
     """Of one machine."""
 
     def __init__(
-        self, count: int, *, together: float = 1.0, crowded: float = 1.0, background_nice: int = 0, step_nice: int = 0
+        self,
+        count: int,
+        *,
+        together: float = 1.0,
+        crowded: float = 1.0,
+        background_nice: int = 0,
+        step_nice: int = 0,
+        step_gain: float = 1.0,
     ) -> None:
         """`count`: cores, 1 or more. `together`: the speed of a core when all are busy, of one that is alone; over 0,
         in between it is linear. `crowded`: beside that, of who steps while there are more busy workers than cores, over
-        0; a core of its own is the most that it gets. `background_nice`, `step_nice`: niceness of what computes in the
-        background, and of who steps.
+        0. `background_nice`, `step_nice`: niceness of what computes in the background, and of who steps; whose weight
+        counts `step_gain` times.
         Raises: ValueError."""
-        if count < 1 or together <= 0.0 or crowded <= 0.0:
+        if count < 1 or together <= 0.0 or crowded <= 0.0 or step_gain <= 0.0:
             raise ValueError(f"{count} cores at {together} and {crowded} of their speed: one at least, and it must run")
         self._count = count
         self._together = together
         self._crowded = crowded
         self._background = NICE_FACTOR**-background_nice
-        self._step = NICE_FACTOR**-step_nice
+        self._step = step_gain * NICE_FACTOR**-step_nice
         self._weights: dict[Task, float] = {}
         self._speeds: dict[Task, float] = {}
         self._steppers: set[Task] = set()
@@ -78,7 +86,7 @@ class Cores:
             cores, total = cores - part, total - weights[task]
             speed = part * core_speed
             if len(weights) > self._count and task in self._steppers:
-                speed = min(core_speed, speed * self._crowded)
+                speed *= self._crowded
             if self._speeds.get(task) != speed:
                 self._speeds[task] = speed
                 changed.append((task, speed))

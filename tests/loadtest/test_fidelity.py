@@ -135,6 +135,25 @@ def test_what_a_nice_decode_worker_waits_for_longs_is_not_counted_as_slowness() 
     assert found.crowded == pytest.approx(1 / 2.0)
 
 
+def test_a_nice_decode_worker_that_gets_more_than_its_weight_counts_for_more_at_the_cost_of_longs() -> None:
+    crowded = tuple(probe_short(n, OUTPUT_TOKENS, decode_slower=1 / 0.6) for n in (40, 120, 200))
+    live = cluster(cores=2, decode_nice=16)
+    found = calibrate(live, probes(crowded=crowded))
+    assert found.crowded == 1.0
+    cores, decoder, longs = live.shared_cores(found), Counted(), [Counted(), Counted()]
+    assert cores is not None
+    for task in (*longs, decoder):
+        cores.use(task, background=task is not decoder, steps=task is decoder)
+    assert [task.speed for task in (decoder, *longs)] == pytest.approx([0.6, 0.7, 0.7])
+
+
+class Counted:
+    speed = 0.0
+
+    def set_speed(self, speed: float) -> None:
+        self.speed = speed
+
+
 def test_a_machine_that_is_faster_in_company_counts_as_equally_fast() -> None:
     beside = tuple(probe_short(n, OUTPUT_TOKENS, slower=0.5, decode_slower=0.5) for n in (40, 120))
     assert calibrate(cluster(cores=2), probes(beside_long=beside)).together == 1.0

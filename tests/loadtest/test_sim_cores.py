@@ -86,8 +86,8 @@ def test_cores_are_slower_together_and_stepping_slower_still_in_a_crowd() -> Non
     assert [other.speed for other in others] == pytest.approx([0.4, 0.4]), "what it waits, nobody gains"
 
 
-def test_who_steps_and_is_nice_gets_what_longs_leave_and_never_more_than_a_core() -> None:
-    cores, stepper, longs = Cores(2, crowded=100.0, background_nice=8, step_nice=16), Worker(), [Worker(), Worker()]
+def test_who_steps_and_is_nice_gets_what_longs_leave_by_weight_as_it_counts() -> None:
+    cores, stepper, longs = Cores(2, background_nice=8, step_nice=16, step_gain=3.0), Worker(), [Worker(), Worker()]
     cores.use(stepper, steps=True)
     assert stepper.speed == 1.0, "nobody else is there"
     cores.use(longs[0], background=True)
@@ -97,10 +97,13 @@ def test_who_steps_and_is_nice_gets_what_longs_leave_and_never_more_than_a_core(
         polite.use(task, background=task is not stepper, steps=task is stepper)
     assert stepper.speed == pytest.approx(2 / (2 * 1.25**8 + 1))
     cores.use(longs[1], background=True)
-    assert stepper.speed == pytest.approx(1.0), "however crowded says, a core is the most"
+    assert stepper.speed == pytest.approx(2 * 3 / (2 * 1.25**8 + 3))
+    assert sum(task.speed for task in (stepper, *longs)) == pytest.approx(2.0), "what it gains, they lose"
 
 
-@pytest.mark.parametrize("wrong", [{"count": 0}, {"count": 2, "together": 0.0}, {"count": 2, "crowded": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"count": 0}, {"count": 2, "together": 0.0}, {"count": 2, "crowded": 0.0}, {"count": 2, "step_gain": 0.0}]
+)
 def test_cores_that_do_not_run_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must run"):
         Cores(**wrong)  # type: ignore[arg-type]
