@@ -26,11 +26,11 @@ from common.messages.base import Message
 from common.messages.views import ClusterView
 from common.runtime.bus import BusError, Delivery
 from common.runtime.bus_nats import connect_nats
+from common.runtime.cores import usable_cores
 from common.runtime.supervisor import Supervisor
 from common.runtime.wire import decode
 from loadtest.client import Client
 from services.children import LAUNCHER
-from services.local_plan import usable_cores
 from services.run_file import read_run_file, run_file_path
 
 READY_MARK = "PecSched is ready"

@@ -38,6 +38,7 @@ import msgspec
 from common.messages.base import Record
 from common.messages.requests import LengthClass
 from common.policy.cluster import SchedulerConfig
+from common.runtime.cores import usable_cores
 from common.settings import DecodeWorkerSettings, PrefillWorkerSettings, ServeSettings, WorkerSettings
 from common.settings_loader import load
 from loadtest import report
@@ -50,7 +51,7 @@ from loadtest.simulator.result import Outcome
 from loadtest.simulator.workload import Arrival, Workload
 from loadtest.stats import percentile, ratio
 from loadtest.workload import LONG_TOKENS, SHORT_TOKENS, Schedule, make_schedule
-from services.local_plan import make_plan, role_environment, usable_cores
+from services.local_plan import make_plan, role_environment
 from services.scheduler.service import config_of
 
 BOUNDS = {50: 0.15, 99: 0.25}

@@ -84,6 +84,7 @@ def _worker_of(profile: EngineProfile, number: int) -> WorkerProfile:
         step_cost=profile.step_cost,
         layer=profile.layer,
         exchange=profile.exchange,
+        core_share=profile.core_share,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import sys
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.messages.base import Record
+from common.runtime.cores import usable_cores
 from common.settings import (
     CoordinatorSettings,
     DecodeWorkerSettings,
@@ -142,8 +142,3 @@ def role_spec(
 def threads_per_worker(workers: int, cores: int) -> int:
     """The cores, shared out; at least one each (the system then shares them in time)."""
     return max(1, cores // workers)
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -76,6 +76,8 @@ class WorkerProfile(Record, frozen=True, kw_only=True):
     """None: not said; then its heads are not split."""
     exchange: ExchangeCost | None = None
     """None: not measured."""
+    core_share: Annotated[float, Meta(ge=0.0)] = 0.0
+    """Of its node's processor cores, how many it computes on; 0: not said, or it computes on none."""
 
 
 HoldingPhase = Literal["queued", "prefill", "handoff", "expected", "decode"]

@@ -117,8 +117,10 @@ def scheme_times(
     """The prefill of `tokens` on a group of workers like this one, `sizes` of them on each node, by every scheme.
 
     Rows of `w` ranks must not span nodes, so `w` divides all of the sizes. A chunk is as large as its group is, and
-    attends to what came before it: on average, to half of the rest."""
+    attends to what came before it: on average, to half of the rest. Where the ranks of a node compute on more cores
+    than it has, they take turns."""
     degree = sum(sizes)
+    crowding = max(1.0, max(sizes) * profile.core_share)
     layer, exchange = profile.layer, profile.exchange
     if degree == 1 or layer is None or exchange is None:
         return SchemeTimes(((RING, _plain_s(profile, tokens, degree)),), ())
@@ -134,7 +136,7 @@ def scheme_times(
             choices = choices[:1]
         for choice in choices:
             scheme = GroupScheme(per_node=width, attention=choice.attention, mlp=choice.mlp)
-            possible.append((scheme, chunks * choice.prefill_s * (1.0 + WAITING)))
+            possible.append((scheme, chunks * choice.prefill_s * (1.0 + WAITING) * crowding))
         refused += [(GroupScheme(per_node=width), reason) for reason in dict.fromkeys(why for _, why in reasons)]
     return SchemeTimes(tuple(possible), tuple(refused))
 

@@ -44,8 +44,9 @@ class EngineProfile:
     rows_max: int
     step_cost: StepCost
     layer: LayerShape | None = None
-    """As in `WorkerProfile`, like `exchange`."""
+    """As in `WorkerProfile`, like the next two."""
     exchange: ExchangeCost | None = None
+    core_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from common.messages.groups import Announcement
 from common.messages.requests import RequestSpec
 from common.model_files import model_name
 from common.policy.sp_shares import head_shares, kv_of_rank
+from common.runtime.cores import usable_cores
 from common.settings import PrefillWorkerSettings
 from common.units import RequestId
 from services.engine.batch import HeldSequence, pack
@@ -64,6 +65,7 @@ class TorchPrefillEngine:
         threads: int = 1,
         long_nice: int = 0,
         exchange: ExchangeCost | None = None,
+        core_share: float = 0.0,
     ) -> None:
         self._model = model
         self._store = KvStore(kv_shape(model), kv_capacity_tokens)
@@ -86,6 +88,7 @@ class TorchPrefillEngine:
             step_cost=step_cost,
             layer=model.layer_shape,
             exchange=exchange,
+            core_share=core_share,
         )
 
     @property
@@ -299,6 +302,7 @@ def make_prefill_engine(settings: PrefillWorkerSettings) -> PrefillEngine:
         threads=settings.threads,
         long_nice=settings.long_nice,
         exchange=_exchange_cost(model),
+        core_share=settings.threads / usable_cores() if model.device.type == "cpu" else 0.0,
     )
 
 

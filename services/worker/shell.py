@@ -240,4 +240,5 @@ class WorkerShell(Generic[EventT, CommandT]):
             step_cost=profile.step_cost,
             layer=profile.layer,
             exchange=profile.exchange,
+            core_share=profile.core_share,
         )

@@ -221,6 +221,17 @@ def test_a_rank_that_would_do_more_for_others_is_left_to_them():
     assert slow.degree(20_000, 20_100, [8], 7_000) == 3, "but its KV must lie somewhere"
 
 
+def test_ranks_that_share_cores_gain_nothing_beyond_them():
+    """Six workers on the two cores of a node; of one node, or of three."""
+    one_node = [msgspec.structs.replace(worker(f"w{at}", heads=(8, 8)), core_share=0.5) for at in range(6)]
+    assert planner_of(*one_node).degree(20_000, 20_100, [6], 100_000) == 2
+    assert planner_of(*one_node).degree(20_000, 20_100, [6], 6_000) == 4, "but its KV must lie somewhere"
+    assert planner_of(*one_node).degree(20_000, 20_100, [2, 2, 2], 100_000) == 6
+    assert plan(*one_node[:4]).prefill_s == pytest.approx(
+        2 * plan(*(worker(f"w{at}", heads=(8, 8)) for at in range(4))).prefill_s
+    )
+
+
 def test_the_estimate_of_a_layout_is_that_of_its_plan():
     ranks = [worker(f"w{number}", f"n{number // 2}") for number in range(4)]
     planner = planner_of(*ranks)
