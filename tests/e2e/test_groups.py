@@ -14,8 +14,10 @@ from common.messages.cluster import ExchangeCost
 from common.messages.sp import GroupFormed
 from common.policy import live_planner
 from common.policy.live_costs import scheme_times
+from common.policy.sp_group import GroupState
 from common.units import RequestId
 from services.prefill_worker.service import PrefillWorker
+from services.sp_coordinator.service import SpCoordinator
 from tests.cluster.world import Answer
 from tests.e2e.torch_cluster import Pauser, TorchCluster, torch_cluster
 from tests.engine.models import reference_greedy, reference_model, tiny_model
@@ -130,13 +132,12 @@ async def freed_s(c: TorchCluster, request_id: str, within_s: float) -> float:
 async def reach(c: TorchCluster, answer: Answer, phase: str) -> str:
     """Wait until the long is in this phase, or further on. Returns in which."""
 
-    names = {"running": "prefilling", "pausing": "prefilling", "resuming": "paused"}
+    coordinator = c.nodes["coordinator"].service
+    assert isinstance(coordinator, SpCoordinator)
     while not answer.ended:
-        assert c.scheduler is not None
-        request = c.scheduler.cluster.requests.get(RequestId(answer.request_id))
-        now = names.get(request.state, str(request.state)) if request is not None else "asked"
-        if now in (phase, "decoding"):
-            return now
+        now = coordinator.core.state_of(RequestId(answer.request_id), 0)
+        if now in (phase, GroupState.DECODING):
+            return str(now)
         await asyncio.sleep(0.001)
     return "ended"
 
@@ -155,7 +156,9 @@ async def test_a_rank_killed_at_any_moment_frees_the_others_and_the_long_is_serv
     options = {"threshold_tokens": THRESHOLD, "pause_remaining_min_s": 0.0, "chunk_tokens": 32, "shorts_spare": 0.0}
     freed: list[float] = []
     phases: Counter[str] = Counter()
-    async with torch_cluster(folder, prefill=3, group_max=3, answer_s=3.0, attempts_max=20, **options) as c:
+    async with torch_cluster(
+        folder, prefill=3, group_max=3, answer_s=3.0, records_s=3.0, attempts_max=20, **options
+    ) as c:
         pausing = asyncio.create_task(Pauser(c, run_s=0.05, rest_s=0.02).run())
         for number in range(kills):
             which, victim = number % len(prompts), f"p{rng.randrange(3)}"

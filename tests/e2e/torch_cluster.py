@@ -115,9 +115,11 @@ class TorchCluster(Cluster):
         chunk_tokens: int = 64,
         prefill: int = 2,
         answer_s: float = BOUND_S,
+        records_s: float = BOUND_S,
         exchange: ExchangeCost | None = None,
         **options: Any,
     ) -> None:
+        """`records_s`: how long the store remembers what a prefill worker that was killed held."""
         super().__init__(prefill=prefill, lease_s=BOUND_S, **options)
         self.rng = random.Random(options.get("seed", 0))
         self.model = load_model(folder, dtype=dtype, device="cpu")
@@ -126,6 +128,7 @@ class TorchCluster(Cluster):
         self._decode_model = load_model(folder, dtype=dtype, device="cpu")  # its engine takes the weights out
         self._chunk_tokens = chunk_tokens
         self._answer_s = answer_s
+        self._records_s = records_s
         # Rather too slow than too fast: a scheduler that overestimates a prefill lets it be paused to the end.
         self._exchange = exchange
         self._step_cost = StepCost(pass_s=0.05, token_s=5e-3, pair_s=1e-6)
@@ -149,7 +152,10 @@ class TorchCluster(Cluster):
         )
         node.engine = cast(Any, engine)
         settings = PrefillWorkerSettings(
-            worker_id=node.name, chunk_tokens=self._chunk_tokens, lease_s=BOUND_S, node=self._node_of[node.name]
+            worker_id=node.name,
+            chunk_tokens=self._chunk_tokens,
+            lease_s=self._records_s,
+            node=self._node_of[node.name],
         )
         plane = open_data_plane(secret="s", transfer_s=BOUND_S)
         groups = open_group_links(secret="s", silence_s=BOUND_S, join_s=BOUND_S)
