@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from common.messages.cluster import StepCost
-from common.messages.groups import Announcement
 from common.messages.requests import Prompt, RequestSpec
 from common.units import RequestId, RouterId
 from services.engine.convert import ensure_model
@@ -125,10 +125,8 @@ class LogitsKept(TorchPrefillEngine):
 
     logits: torch.Tensor | None = None  # [segments that sample, vocab]
 
-    def _compute(
-        self, pass_run: PassRun, announcement: Announcement | None, loop: asyncio.AbstractEventLoop
-    ) -> PassResult:
-        result = super()._compute(pass_run, announcement, loop)
+    def _compute(self, pass_run: PassRun, *how: Any) -> PassResult:
+        result = super()._compute(pass_run, *how)
         self.logits = pass_run.logits
         return result
 
