@@ -161,7 +161,8 @@ async def test_bf16_logits_of_a_paused_prefill_stay_near_those_of_transformers_i
     """In bf16 transformers disagrees with itself, so tokens are not compared, but the logits are: at most
     `LOGITS_APART` apart, and the likeliest token the same unless the two likeliest are closer than `NEAR_TIE`."""
     folder = ensure_model("embedded", "")
-    rng = random.Random(7)
+    # Apart: how often a prefill is stopped depends on the machine, and of random prompts one in dozens is an odd one.
+    rng, moments = random.Random(7), random.Random(8)
     engine = LogitsKept(
         load_model(folder, dtype="bfloat16", device="cpu"),
         StepCost(pass_s=0, token_s=0, pair_s=0),
@@ -171,7 +172,7 @@ async def test_bf16_logits_of_a_paused_prefill_stay_near_those_of_transformers_i
     apart, stops = [], 0
     for length in (5, 70, 333, 700):
         prompt = [rng.randrange(40_000) for _ in range(length)]
-        logits, stopped = await paused_prefill(engine, prompt, 64, rng)
+        logits, stopped = await paused_prefill(engine, prompt, 64, moments)
         stops += stopped
         with torch.inference_mode():
             expected = one_shot(torch.tensor([prompt]), logits_to_keep=1).logits[0, -1].float()
