@@ -37,10 +37,10 @@ def announcement(
     rows: Iterable[tuple[str, int, str, Path]], url: str, nats_url: str, settings: ServeSettings, took_s: float
 ) -> str:
     """The table of what runs, and commands to paste."""
-    body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+    body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'
     key = " -H 'Authorization: Bearer '\"$PECSCHED_API_KEY\"" if settings.api_key else ""
     server = "" if redacted(nats_url) != nats_url else f"--server {nats_url} "
-    request = """'{"prompt": "The capital of France is", "max_tokens": 8, "stream": false}'"""
+    request = """'{"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0, "stream": false}'"""
     return "\n".join(
         [
             "",

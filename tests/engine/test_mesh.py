@@ -20,7 +20,7 @@ from services.engine.sequence_parallel import GroupPass
 from services.engine.torch_prefill import TorchPrefillEngine
 from tests.engine.group_world import PATIENCE_S, Ranks, doors, spec, tokens_computed
 from tests.engine.models import FAMILIES, reference_greedy, reference_model, tiny_model
-from tests.engine.torch_group import COST, Leads, generate, group_of, random_prompt
+from tests.engine.torch_group import COST, Leads, generate, group_of, random_prompt, stopped_again_and_again
 
 NEW_TOKENS = 4
 LENGTHS = (1, 31, 64, 97)
@@ -167,13 +167,7 @@ async def test_no_stop_of_a_mesh_ends_in_a_deadlock(
     while stops < wanted:
         name, prompt = f"p{stops}", random_prompt(rng, rng.randint(1, 20))
         await group.open(name, prompt, 2, scheme)
-        for start, tokens in ((0, len(prompt)), (len(prompt), 1)):
-            leads.stop_after = rng.randint(1, 3)
-            result = await group.run([Segment(RequestId(name), start, tokens, True)])
-            while not result.finished:
-                stops += 1
-                leads.stop_after = rng.randint(1, 3)
-                result = await group.resume(name)
+        stops += await stopped_again_and_again(group, leads, name, len(prompt), lambda: rng.randint(1, 3))
         assert sum(tokens_computed(group, name)) == (len(prompt) + 1) * model.layers
         group.close(name)
     await group.shutdown()

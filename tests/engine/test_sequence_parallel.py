@@ -21,7 +21,7 @@ from services.engine.sequence_parallel import GroupPass
 from services.engine.torch_prefill import TorchPrefillEngine
 from tests.engine.group_world import PATIENCE_S, Ranks, doors, scheme_of, spec, tokens_computed
 from tests.engine.models import reference_greedy, reference_model, tiny_model
-from tests.engine.torch_group import COST, Leads, generate, group_of, random_prompt
+from tests.engine.torch_group import COST, Leads, generate, group_of, random_prompt, stopped_again_and_again
 
 NEW_TOKENS = 5
 LENGTHS = (1, 2, 31, 64, 331)
@@ -158,13 +158,7 @@ async def test_no_stop_ends_in_a_deadlock(
         name, scheme = f"p{stops}", rng.choice(["ring", "ulysses"])
         prompt = random_prompt(rng, rng.randint(1, 40))
         await group.open(name, prompt, 2, scheme_of(scheme, size))
-        for start, tokens in ((0, len(prompt)), (len(prompt), 1)):
-            leads.stop_after = rng.randint(1, 4)
-            result = await group.run([Segment(RequestId(name), start, tokens, True)])
-            while not result.finished:
-                stops += 1
-                leads.stop_after = rng.randint(1, 4)
-                result = await group.resume(name)
+        stops += await stopped_again_and_again(group, leads, name, len(prompt), lambda: rng.randint(1, 4))
         assert sum(tokens_computed(group, name)) == (len(prompt) + 1) * model.layers
         group.close(name)
     await group.shutdown()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -19,6 +19,19 @@ from tests.engine.models import VOCAB
 
 COST = StepCost(pass_s=0.001, token_s=0.0001, pair_s=0.0)
 CAPACITY = 2_000
+
+
+async def stopped_again_and_again(group: Ranks, leads: Leads, name: str, tokens: int, draw: Callable[[], int]) -> int:
+    """The prompt of `tokens` in one chunk and one token drawn, each stopped whenever `draw` says; how often."""
+    stops = 0
+    for start, count in ((0, tokens), (tokens, 1)):
+        leads.stop_after = draw()
+        result = await group.run([Segment(RequestId(name), start, count, True)])
+        while not result.finished:
+            stops += 1
+            leads.stop_after = draw()
+            result = await group.resume(name)
+    return stops
 
 
 class Leads:
