@@ -189,6 +189,14 @@ class DecodeWorkerSettings(WorkerSettings, frozen=True, kw_only=True):
     decode_nice: Annotated[
         int, Meta(ge=0, le=19, description="niceness of the thread that decodes (CPU): prompts come first")
     ] = 16
+    crowded_itl_ms: Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            le=10_000.0,
+            description="milliseconds between two decode steps while others want the same cores (CPU); 0: none",
+        ),
+    ] = 100.0
 
 
 POSITIONAL = "positional"

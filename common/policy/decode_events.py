@@ -26,6 +26,8 @@ class DecodeWorkerConfig(Record, frozen=True, kw_only=True):
     """A reservation lapses when its KV has not begun to come, or not ended, for so long."""
     early_s: Seconds = 2.0
     """KV may be offered so much before the order that announces it."""
+    crowded_itl_s: Seconds = 0.0
+    """See `decode_pace.py`."""
 
 
 # --- commands ------------------------------------------------------------------------------------
@@ -140,6 +142,8 @@ class DecodedToken(Record, frozen=True, kw_only=True):
 class StepFinished(Record, frozen=True, kw_only=True):
     sampled: tuple[DecodedToken, ...]
     """In the order of `RunStep.request_ids`."""
+    core_wait_s: Seconds = 0.0
+    """How long the step was ready to run and had no core."""
 
 
 class StepFailed(Record, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ Rules:
   transfer receives or a step computes is *closing* until that effect has ended.
 - KV can be offered before the order that announces it, which comes another way: the offer waits, within a bound.
 - The prefill worker sent the first token to the router; the first chunk from here has the output index after it.
+- On cores that others use too, steps keep a distance (`decode_pace.py`).
 - Every request that was reserved ends with exactly one `DecodeFinished` or `KvReleased`, its last message; one that
   found no room ends with `DecodeBusy`. `DecodeFinished.generated` counts the first token too.
 - Orders of an older term than the newest seen are ignored (term 0: from someone who has none), orders for an
@@ -52,6 +53,7 @@ from common.policy.decode_events import (
     StopReceiving,
     StopRequested,
 )
+from common.policy.decode_pace import Pace
 from common.policy.decode_rows import TRANSITIONS, Row, RowPhase, finish_reason
 from common.policy.story import StoryLog
 from common.policy.transitions import require_legal
@@ -78,6 +80,9 @@ class DecodeWorkerCore:
         self._ended: OrderedDict[RequestId, Attempt] = OrderedDict()
         self._running: tuple[RequestId, ...] = ()
         """Rows of the step that runs; empty: none."""
+        self._pace = Pace(config.crowded_itl_s)
+        self._step_due_s: float | None = None
+        """None: no step waits for its time."""
         self._now_s = 0.0
         self._events = 0
         self._cause = ""
@@ -119,6 +124,8 @@ class DecodeWorkerCore:
 
     def next_deadline_s(self) -> float | None:
         deadlines = [row.deadline_s for row in self.rows.values() if row.deadline_s is not None]
+        if self._step_due_s is not None:
+            deadlines.append(self._step_due_s)
         return min([*deadlines, *self._offers.values()], default=None)
 
     @property
@@ -300,6 +307,7 @@ class DecodeWorkerCore:
         if tuple(sampled.request_id for sampled in event.sampled) != self._running:
             raise InvariantViolated(f"{event!r} is not the answer to a step of {self._running}")
         self._running = ()
+        self._pace.step_ended(event.core_wait_s, self._now_s)
         for sampled in event.sampled:
             row = self.rows[sampled.request_id]
             row.in_step = False
@@ -337,11 +345,19 @@ class DecodeWorkerCore:
     def _start_step(self) -> None:
         if self._running:
             return
-        self._running = tuple(row.request_id for row in self.rows.values() if row.phase is RowPhase.ACTIVE)
-        for request_id in self._running:
+        self._step_due_s = None
+        active = tuple(row.request_id for row in self.rows.values() if row.phase is RowPhase.ACTIVE)
+        if not active:
+            return
+        due_s = self._pace.next_step_s(self._now_s)
+        if due_s > self._now_s:
+            self._step_due_s = due_s
+            return
+        self._running = active
+        for request_id in active:
             self.rows[request_id].in_step = True
-        if self._running:
-            self._effects.append(RunStep(request_ids=self._running))
+        self._pace.step_began(self._now_s)
+        self._effects.append(RunStep(request_ids=active))
 
     # --- the end ---
 
@@ -469,8 +485,9 @@ class DecodeWorkerCore:
         waits = phase in (RowPhase.EXPECTED, RowPhase.RECEIVING)
         _require(waits == (row.deadline_s is not None), f"{name}: deadline {row.deadline_s}")
         _require(not row.in_step or phase in (RowPhase.ACTIVE, RowPhase.CLOSING), f"{name}: in a step")
-        # One that became active while a step runs joins the next.
-        _require(phase is not RowPhase.ACTIVE or row.in_step or bool(self._running), f"{name}: idle")
+        # One that became active while a step runs, or before its time, joins the next.
+        next_is_due = bool(self._running) or self._step_due_s is not None
+        _require(phase is not RowPhase.ACTIVE or row.in_step or next_is_due, f"{name}: idle")
         _require(phase is not RowPhase.ACTIVE or 0 < row.generated < row.spec.max_tokens, f"{name}: {row.generated}")
         _require(row.generated == 0 or phase in (RowPhase.ACTIVE, RowPhase.CLOSING), f"{name}: {row.generated} tokens")
         _require(phase is not RowPhase.CLOSING or row.generated == 0 or row.in_step, f"{name}: closing for nothing")

@@ -159,7 +159,7 @@ class DecodeWorker:
             self._shell.tell(StepFailed(reason=str(error)))
             return
         tokens = (DecodedToken(request_id=s.request_id, token_id=s.token_id, logprob=s.logprob) for s in sampled)
-        self._shell.tell(StepFinished(sampled=tuple(tokens)))
+        self._shell.tell(StepFinished(sampled=tuple(tokens), core_wait_s=self._engine.core_wait_s))
 
 
 def config_of(settings: DecodeWorkerSettings, worker_id: WorkerId, engine: DecodeEngine) -> DecodeWorkerConfig:
@@ -172,4 +172,5 @@ def config_of(settings: DecodeWorkerSettings, worker_id: WorkerId, engine: Decod
         rows_max=profile.rows_max,
         expect_s=settings.expect_s,
         early_s=EARLY_SHARE_OF_TRANSFER * settings.transfer_s,
+        crowded_itl_s=settings.crowded_itl_ms / 1e3,
     )

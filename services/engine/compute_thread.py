@@ -6,10 +6,13 @@ import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
 NICEST = 19
+_SCHEDSTAT = Path("/proc/thread-self/schedstat")
 
 
 def compute_thread(name: str, threads: int, nice: int, device: torch.device) -> ThreadPoolExecutor:
@@ -24,3 +27,11 @@ def _prepare(threads: int, nice: int) -> None:
     if nice and sys.platform == "linux":
         me = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, me, min(NICEST, os.getpriority(os.PRIO_PROCESS, me) + nice))
+
+
+def core_wait_s() -> float:
+    """How long the calling thread has been ready to run without a core since it began (Linux: the second figure of
+    proc's `schedstat`); 0.0 where the system does not tell."""
+    with suppress(OSError, IndexError, ValueError):
+        return int(_SCHEDSTAT.read_bytes().split()[1]) / 1e9
+    return 0.0

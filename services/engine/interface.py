@@ -185,6 +185,11 @@ class DecodeEngine(Protocol):
         """The prompt's KV is complete and verified; the next step of this sequence feeds `first_token`."""
         ...
 
+    @property
+    def core_wait_s(self) -> float:
+        """How long the last step was ready to run and had no core, as others had them; 0.0 where nobody can tell."""
+        ...
+
     async def step(self, request_ids: Sequence[RequestId]) -> tuple[Sampled, ...]:
         """One token for each of these active sequences, in this order. Raises: EngineError."""
         ...

@@ -381,6 +381,8 @@ class TimedDecodeEngine:
     def __init__(self, shape: TimedShape) -> None:
         self.shape = shape
         self.steps_started = 0
+        self.core_wait_s = 0.0
+        """It computes nothing, so it waits for no core."""
         self._profile = shape.profile(rows_max=shape.rows_max)
         self._rows: dict[RequestId, _Row] = {}
         self._in_step: frozenset[RequestId] = frozenset()

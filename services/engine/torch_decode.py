@@ -15,7 +15,7 @@ from common.model_files import model_name
 from common.settings import DecodeWorkerSettings
 from common.units import RequestId, TokenId
 from services.engine.calibrate import compute_clock
-from services.engine.compute_thread import compute_thread
+from services.engine.compute_thread import compute_thread, core_wait_s
 from services.engine.convert import ensure_model
 from services.engine.decode import Decoder, DecodeRow
 from services.engine.interface import DecodeEngine, EngineError, EngineProfile, KvFull, Sampled
@@ -72,6 +72,7 @@ class TorchDecodeEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._thread = compute_thread("decode", threads, nice, model.device)
+        self._core_wait_s = 0.0
         context_tokens = min(model.context_tokens, self._pool.largest_tokens)
         self._profile = EngineProfile(
             model_id=model.model_id,
@@ -92,6 +93,10 @@ class TorchDecodeEngine:
     def kv_used_tokens(self) -> int:
         """Of the slots reserved, which are powers of two: what is really taken from the capacity."""
         return self._pool.used_tokens
+
+    @property
+    def core_wait_s(self) -> float:
+        return self._core_wait_s
 
     def reserve(self, spec: RequestSpec) -> None:
         name = spec.request_id
@@ -161,6 +166,7 @@ class TorchDecodeEngine:
 
     def _compute(self, sequences: Sequence[_Sequence]) -> tuple[Sampled, ...]:
         """In the compute thread."""
+        waited_s = core_wait_s()
         for sequence in sequences:
             sequence.finite = False  # until it is known
         try:
@@ -171,6 +177,7 @@ class TorchDecodeEngine:
         for sequence, (token_id, _), finite in zip(sequences, drawn, _finite(logits), strict=True):
             sequence.pending, sequence.finite = token_id, finite
             sequence.generated += 1
+        self._core_wait_s = core_wait_s() - waited_s
         return tuple(
             Sampled(sequence.spec.request_id, token_id, logprob)
             for sequence, (token_id, logprob) in zip(sequences, drawn, strict=True)

@@ -35,7 +35,15 @@ from common.policy.decode_events import (
 )
 from common.policy.decode_worker import DecodeWorkerCore
 
-CONFIG = DecodeWorkerConfig(worker_id="d1", layers=30, kv_capacity_tokens=1_000, rows_max=3, expect_s=30.0, early_s=2.0)
+CONFIG = DecodeWorkerConfig(
+    worker_id="d1",
+    layers=30,
+    kv_capacity_tokens=1_000,
+    rows_max=3,
+    expect_s=30.0,
+    early_s=2.0,
+    crowded_itl_s=0.1,
+)
 
 
 def spec(request_id: str, tokens: int, *, max_tokens: int = 4, attempt: int = 0, router: str = "r", **more):
@@ -88,7 +96,8 @@ def parse_event(verb: str, args: list[str], options: dict[str, str]) -> DecodeEv
             return KvBroken(request_id=name, attempt=attempt, reason="connection lost")
         case "stepped":
             pairs = [word.split(":") for word in args]
-            return StepFinished(sampled=tuple(DecodedToken(request_id=r, token_id=int(t)) for r, t in pairs))
+            sampled = tuple(DecodedToken(request_id=r, token_id=int(t)) for r, t in pairs)
+            return StepFinished(sampled=sampled, core_wait_s=float(options.get("wait", "0")))
         case "step-failed":
             return StepFailed(reason="cosmic ray")
         case "stop":

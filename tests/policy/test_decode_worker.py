@@ -37,6 +37,7 @@ from common.policy.decode_events import (
     StopReceiving,
     StopRequested,
 )
+from common.policy.decode_pace import HOLD_S, WAITED_SHARE
 from common.policy.decode_rows import RowPhase
 from common.policy.decode_worker import DecodeWorkerCore
 from tests.policy.decode_scenario import CONFIG, expect, replay, spec
@@ -117,6 +118,7 @@ class _World:
         self.streams: set[tuple[str, int]] = set()
         self.active: set[str] = set()
         self.step: tuple[str, ...] = ()
+        self.step_begun_s = self.waited_s = float("-inf")
         self.tokens: dict[tuple[str, int], int] = {}
         """Next output index, of requests in the batch."""
         self.finished: set[tuple[str, int]] = set()
@@ -157,7 +159,9 @@ class _World:
                 assert not self.step
                 assert names
                 assert set(names) <= self.active
-                self.step = names
+                crowded = self.now_s < self.waited_s + HOLD_S
+                assert not crowded or self.now_s >= self.step_begun_s + CONFIG.crowded_itl_s
+                self.step, self.step_begun_s = names, self.now_s
             case ReleaseKv(request_id=name, attempt=attempt):
                 assert self.reserved.pop(name).attempt == attempt
                 assert name not in self.step
@@ -228,13 +232,16 @@ class _World:
         else:
             self.tell(KvBroken(request_id=key[0], attempt=key[1], reason="lost"))
 
-    def end_step(self, tokens: list[int] | None) -> None:
+    def end_step(self, tokens: list[int] | None, core_wait_s: float = 0.0) -> None:
         names, self.step = self.step, ()
         if tokens is None:
             self.tell(StepFailed(reason="cosmic ray"))
             return
         pairs = zip(names, tokens, strict=True)
-        self.tell(StepFinished(sampled=tuple(DecodedToken(request_id=n, token_id=t) for n, t in pairs)))
+        sampled = tuple(DecodedToken(request_id=n, token_id=t) for n, t in pairs)
+        if core_wait_s > WAITED_SHARE * (self.now_s - self.step_begun_s):
+            self.waited_s = self.now_s
+        self.tell(StepFinished(sampled=sampled, core_wait_s=core_wait_s))
 
     def settle(self) -> None:
         """Let every effect end and every bound pass."""
@@ -353,10 +360,11 @@ class DecodeWorkerMachine(RuleBasedStateMachine):
         self.world.end_stream(data.draw(st.sampled_from(sorted(self.world.streams))), whole)
 
     @precondition(lambda self: self.world.step)
-    @rule(data=st.data())
-    def step_ends(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), core_wait_s=st.sampled_from([0.0, 0.0, 0.02]))
+    def step_ends(self, data: st.DataObject, core_wait_s: float) -> None:
         token = st.sampled_from([1, 2, 3, STOP_TOKEN])
-        self.world.end_step(data.draw(st.lists(token, min_size=len(self.world.step), max_size=len(self.world.step))))
+        rows = len(self.world.step)
+        self.world.end_step(data.draw(st.lists(token, min_size=rows, max_size=rows)), core_wait_s)
 
     @precondition(lambda self: self.world.step)
     @rule()
