@@ -29,6 +29,8 @@ SHORT_HOPS, LONG_HOPS = 2, 3
 the worker, a long's by way of the coordinator."""
 MESSAGES = 3
 """In the path of a short's first token: those two, and the token to the client."""
+WITHIN = 1.1
+"""Of the time that a distance between steps explains: so long counts as explained by it."""
 NO_LINK = Link(latency_s=0.0, bytes_s=math.inf)
 """How long a handover takes is measured as a whole."""
 
@@ -173,6 +175,7 @@ class LiveCluster:
             background_nice=self.worker.long_nice,
             step_nice=self.decoder.decode_nice,
             step_gain=found.step_gain,
+            step_distance_s=self.decoder.crowded_itl_ms / 1e3,
         )
 
     def shape(self) -> ClusterShape:
@@ -212,6 +215,12 @@ def calibrate(live: LiveCluster, probes: Probes) -> Calibration:
     def decode_alone_s(probe: Probe) -> float:
         return handover_s + (probe.output_tokens - 1) * step_s
 
+    def at_its_distance(probe: Probe) -> bool:
+        """It decoded as fast as the distance between steps allows: its weight held it up no more than that."""
+        distance_s = live.decoder.crowded_itl_ms / 1e3
+        due_s = handover_s + (probe.output_tokens - 1) * distance_s
+        return step_s < distance_s and probe.decode_s <= WITHIN * due_s
+
     together = _speed((alone_s(probe), probe.compute_s + probe.decode_s) for probe in probes.beside_long)
     crowded = [probe for probe in probes.crowded if probe.output_tokens == OUTPUT_TOKENS]
     long_s = SoloCosts(measured, measured.layers).prefill_s(long.prompt_tokens, (1,))
@@ -226,7 +235,12 @@ def calibrate(live: LiveCluster, probes: Probes) -> Calibration:
         beside_long_s=max(0.0, long.beside_s),
         handover_s=handover_s,
         together=together,
-        **_in_a_crowd(live, _speed((decode_alone_s(probe), together * probe.decode_s) for probe in crowded)),
+        **_in_a_crowd(
+            live,
+            1.0
+            if crowded and 2 * sum(map(at_its_distance, crowded)) > len(crowded)
+            else _speed((decode_alone_s(probe), together * probe.decode_s) for probe in crowded),
+        ),
     )
 
 
@@ -259,8 +273,8 @@ def _speed(pairs: Iterable[tuple[float, float]]) -> float:
 
 
 def _in_a_crowd(live: LiveCluster, share: float) -> dict[str, float]:
-    """`Calibration.crowded` and `.step_gain`, from the share of a core that decode was seen to get while every prefill
-    worker had a long."""
+    """`Calibration.crowded` and `.step_gain`, from the share of a core that decode was seen to get, or could have had,
+    while every prefill worker had a long."""
     longs = len(live.prefill) * NICE_FACTOR**-live.worker.long_nice
     weight = NICE_FACTOR**-live.decoder.decode_nice
     due = min(1.0, live.cores * weight / (weight + longs)) if len(live.prefill) >= live.cores > 0 else 1.0

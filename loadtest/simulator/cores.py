@@ -8,7 +8,8 @@ one alone, because they share caches and memory. `together` is how fast then, me
 
 Who computes a step at a time, and sleeps in between, also waits for a core at every step where all have something to
 do, though it is due the next one: `crowded` is how fast then, measured. Or it comes first more often than its weight
-says, for it has just slept: `step_gain` is by how much its weight counts for more, measured.
+says, for it has just slept: `step_gain` is by how much its weight counts for more, measured. And it keeps a distance
+between its steps there (`common/policy/decode_pace.py`), which bounds what it can use.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ class Cores:
         background_nice: int = 0,
         step_nice: int = 0,
         step_gain: float = 1.0,
+        step_distance_s: float = 0.0,
     ) -> None:
         """`count`: cores, 1 or more. `together`: the speed of a core when all are busy, of one that is alone; over 0,
         in between it is linear. `crowded`: beside that, of who steps while there are more busy workers than cores, over
         0. `background_nice`, `step_nice`: niceness of what computes in the background, and of who steps; whose weight
-        counts `step_gain` times.
+        counts `step_gain` times. `step_distance_s`: from the begin of a step to that of the next, while there are more
+        busy workers than cores.
         Raises: ValueError."""
         if count < 1 or together <= 0.0 or crowded <= 0.0 or step_gain <= 0.0:
             raise ValueError(f"{count} cores at {together} and {crowded} of their speed: one at least, and it must run")
@@ -52,24 +55,27 @@ class Cores:
         self._crowded = crowded
         self._background = NICE_FACTOR**-background_nice
         self._step = step_gain * NICE_FACTOR**-step_nice
+        self._step_distance_s = step_distance_s
         self._weights: dict[Task, float] = {}
         self._speeds: dict[Task, float] = {}
-        self._steppers: set[Task] = set()
+        self._step_s: dict[Task, float] = {}
 
-    def use(self, task: Task, *, background: bool = False, steps: bool = False) -> None:
-        """It computes from now on. Tells everyone whose speed this changes, the task itself at its first use. `steps`:
-        with a pause after each; the same at every use."""
-        if steps:
-            self._steppers.add(task)
-        weight = self._background if background else self._step if steps else 1.0
-        if self._weights.get(task) != weight:
-            self._weights[task] = weight
-            self._share_out()
+    def use(self, task: Task, *, background: bool = False, step_s: float | None = None) -> None:
+        """It computes from now on. Tells everyone whose speed this changes, the task itself at its first use. `step_s`:
+        with a pause after each step, which takes so long by itself."""
+        weight = self._background if background else self._step if step_s is not None else 1.0
+        if self._weights.get(task) == weight and self._step_s.get(task) == step_s:
+            return
+        self._weights[task] = weight
+        if step_s is not None:
+            self._step_s[task] = step_s
+        self._share_out()
 
     def leave(self, task: Task) -> None:
         """It computes no more."""
         if self._weights.pop(task, None) is not None:
             self._speeds.pop(task, None)
+            self._step_s.pop(task, None)
             self._share_out()
 
     def _share_out(self) -> None:
@@ -79,13 +85,15 @@ class Cores:
         if self._count > 1:
             core_speed -= (1.0 - self._together) * max(0, busy - 1) / (self._count - 1)
         cores, total = float(self._count), sum(weights.values())
+        usable = {task: self._usable(task, core_speed) for task in weights}
         changed: list[tuple[Task, float]] = []
-        # The heaviest first: whoever is due more than a core gets one, and leaves the rest to the others.
-        for task in sorted(weights, key=weights.__getitem__, reverse=True):
-            part = min(1.0, cores * weights[task] / total)
+        # Whoever is due more than it can use leaves the rest to the others; the first are those due the most of that.
+        for task in sorted(weights, key=lambda task: usable[task] / weights[task]):
+            part = min(usable[task], cores * weights[task] / total)
             cores, total = cores - part, total - weights[task]
             speed = part * core_speed
-            if len(weights) > self._count and task in self._steppers:
+            has_its_distance = part == usable[task] < 1.0  # within which it waits for a core, too
+            if len(weights) > self._count and task in self._step_s and not has_its_distance:
                 speed *= self._crowded
             if self._speeds.get(task) != speed:
                 self._speeds[task] = speed
@@ -93,3 +101,10 @@ class Cores:
         for task, speed in changed:
             if self._speeds.get(task) == speed:  # who was told may have changed everything again
                 task.set_speed(speed)
+
+    def _usable(self, task: Task, core_speed: float) -> float:
+        """Of a core at most: one thread has one, and who keeps a distance between its steps not all of that."""
+        step_s = self._step_s.get(task)
+        if step_s is None or not self._step_distance_s or len(self._weights) <= self._count:
+            return 1.0
+        return min(1.0, step_s / (core_speed * self._step_distance_s))

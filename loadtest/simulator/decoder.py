@@ -39,8 +39,6 @@ class Decoder:
             self._site.usage.add(now_s, 1, 0, 0)
             self._work_since_s = now_s
         batch.join(job, job.tokens, job.output_tokens - 1)
-        if self._site.cores is not None:
-            self._site.cores.use(self, steps=True)
         self._pace()
 
     def set_speed(self, speed: float) -> None:
@@ -66,10 +64,15 @@ class Decoder:
     def _pace(self) -> None:
         """The batch changed: take its step time anew, and when the next row ends."""
         batch, site = self._batch, self._site
-        self._serial += 1
+        self._serial = serial = self._serial + 1
         rows = len(batch)
         if rows:
-            batch.step_s = site.costs.decode_step_s(rows, batch.kv_tokens) / self._speed
+            alone_s = site.costs.decode_step_s(rows, batch.kv_tokens)
+            if site.cores is not None:
+                site.cores.use(self, step_s=alone_s)  # may say a new speed, by which this comes here again
+                if self._serial != serial:
+                    return
+            batch.step_s = alone_s / self._speed
             site.timeline.at(batch.next_end_s(), self._due, self._serial)
             return
         now_s = site.timeline.now_s

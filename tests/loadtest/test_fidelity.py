@@ -64,13 +64,13 @@ def profile(name: str, role: WorkerRole, cost: StepCost) -> WorkerProfile:
     )
 
 
-def cluster(*, cores: int = 0, prefill: int = 2, decode_nice: int = 0) -> LiveCluster:
+def cluster(*, cores: int = 0, prefill: int = 2, decode_nice: int = 0, crowded_itl_ms: float = 0.0) -> LiveCluster:
     return LiveCluster(
         config=SchedulerConfig(),
         prefill=tuple(profile(f"p{i}", "prefill", PREFILL) for i in range(prefill)),
         decode=(profile("d0", "decode", DECODE),),
         worker=PrefillWorkerSettings(),
-        decoder=DecodeWorkerSettings(decode_nice=decode_nice),
+        decoder=DecodeWorkerSettings(decode_nice=decode_nice, crowded_itl_ms=crowded_itl_ms),
         cores=cores,
     )
 
@@ -143,8 +143,22 @@ def test_a_nice_decode_worker_that_gets_more_than_its_weight_counts_for_more_at_
     cores, decoder, longs = live.shared_cores(found), Counted(), [Counted(), Counted()]
     assert cores is not None
     for task in (*longs, decoder):
-        cores.use(task, background=task is not decoder, steps=task is decoder)
+        cores.use(task, background=task is not decoder, step_s=0.025 if task is decoder else None)
     assert [task.speed for task in (decoder, *longs)] == pytest.approx([0.6, 0.7, 0.7])
+
+
+def test_a_decode_worker_that_keeps_its_distance_uses_no_more_than_that_and_is_not_held_up() -> None:
+    paced = tuple(probe_short(n, OUTPUT_TOKENS, decode_slower=4.05) for n in (40, 120, 200))
+    live = cluster(cores=2, decode_nice=16, crowded_itl_ms=100.0)
+    found = calibrate(live, probes(crowded=paced))
+    cores, decoder, longs = live.shared_cores(found), Counted(), [Counted(), Counted()]
+    assert cores is not None
+    for task in (*longs, decoder):
+        cores.use(task, background=task is not decoder, step_s=0.025 if task is decoder else None)
+    assert [task.speed for task in (decoder, *longs)] == pytest.approx([0.25, 0.875, 0.875])
+    late = tuple(probe_short(n, OUTPUT_TOKENS, decode_slower=5.0) for n in (40, 120, 200))
+    held_up = calibrate(live, probes(crowded=late))
+    assert held_up.step_gain == pytest.approx(0.2 * 2 * 1.25**8 / (2 - 0.2), rel=0.02), "by its weight"
 
 
 class Counted:

@@ -77,7 +77,7 @@ def test_a_worker_that_goes_to_the_background_makes_room() -> None:
 
 def test_cores_are_slower_together_and_stepping_slower_still_in_a_crowd() -> None:
     cores, stepper, others = Cores(2, together=0.8, crowded=0.5, background_nice=10), Worker(), [Worker(), Worker()]
-    cores.use(stepper, steps=True)
+    cores.use(stepper, step_s=0.02)
     assert stepper.speed == 1.0
     cores.use(others[0], background=True)
     assert [stepper.speed, others[0].speed] == pytest.approx([0.8, 0.8])
@@ -88,17 +88,31 @@ def test_cores_are_slower_together_and_stepping_slower_still_in_a_crowd() -> Non
 
 def test_who_steps_and_is_nice_gets_what_longs_leave_by_weight_as_it_counts() -> None:
     cores, stepper, longs = Cores(2, background_nice=8, step_nice=16, step_gain=3.0), Worker(), [Worker(), Worker()]
-    cores.use(stepper, steps=True)
+    cores.use(stepper, step_s=0.02)
     assert stepper.speed == 1.0, "nobody else is there"
     cores.use(longs[0], background=True)
     assert stepper.speed == pytest.approx(1.0), "there is a core for each"
     polite = Cores(2, background_nice=8, step_nice=16)
     for task in (stepper, *longs):
-        polite.use(task, background=task is not stepper, steps=task is stepper)
+        polite.use(task, background=task is not stepper, step_s=0.02 if task is stepper else None)
     assert stepper.speed == pytest.approx(2 / (2 * 1.25**8 + 1))
     cores.use(longs[1], background=True)
     assert stepper.speed == pytest.approx(2 * 3 / (2 * 1.25**8 + 3))
     assert sum(task.speed for task in (stepper, *longs)) == pytest.approx(2.0), "what it gains, they lose"
+
+
+def test_who_steps_keeps_a_distance_in_a_crowd_only_and_leaves_the_rest_to_the_others() -> None:
+    cores, stepper, longs = Cores(2, together=0.8, crowded=0.5, step_distance_s=0.1), Worker(), [Worker(), Worker()]
+    cores.use(stepper, step_s=0.02)
+    cores.use(longs[0])
+    assert [stepper.speed, longs[0].speed] == pytest.approx([0.8, 0.8]), "there is a core for each"
+    cores.use(longs[1])
+    assert stepper.speed == pytest.approx(0.2), "a step of 20 ms each 100 ms, whatever it waits in between"
+    assert [long.speed for long in longs] == pytest.approx([0.8 * (2 - 0.25) / 2] * 2)
+    cores.use(stepper, step_s=0.04)
+    assert stepper.speed == pytest.approx(0.4), "more rows, longer steps"
+    cores.use(stepper, step_s=0.4)
+    assert stepper.speed == pytest.approx(0.8 * 0.5 * 2 / 3), "no longer than by its weight"
 
 
 @pytest.mark.parametrize(
