@@ -196,7 +196,7 @@ class DecodeWorkerSettings(WorkerSettings, frozen=True, kw_only=True):
             le=10_000.0,
             description="milliseconds between two decode steps while others want the same cores (CPU); 0: none",
         ),
-    ] = 100.0
+    ] = 250.0
 
 
 POSITIONAL = "positional"
