@@ -79,6 +79,9 @@ class RouterSettings(ModelSettings, frozen=True, kw_only=True):
     stall_s: Annotated[Duration, Meta(description="longest silence on a request before it is given up")] = 600.0
     inline_tokens_max: Annotated[Count, Meta(description="longer prompts travel by reference")] = 4_096
     default_max_tokens: Annotated[Count, Meta(description="max_tokens where the client names none")] = 256
+    pages_max: Annotated[
+        int, Meta(ge=0, le=1_000, description="live pages (at /) open at once; more get 503; 0: there is none")
+    ] = 32
     drain_s: Annotated[
         Duration, Meta(description="at a stop, how long running requests may take before their clients get an error")
     ] = 10.0

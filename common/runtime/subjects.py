@@ -22,6 +22,9 @@ COORDINATOR = f"{ROOT}.sp.inbox"
 ROUTERS_CANCEL = f"{ROOT}.routers.cancel"
 """Asked by one router of all: who has this request (its id, UTF-8) cancels it and answers `cancelled`."""
 
+WORKERS = f"{ROOT}.worker.*.inbox"
+"""The orders to all workers, for who only listens."""
+
 
 def worker(worker_id: WorkerId) -> str:
     """Orders to one worker, from the scheduler or the coordinator."""

@@ -20,6 +20,10 @@ from common.messages.base import SCHEMA_VERSION, Message, Record
 MESSAGE_BYTES_MAX = 8 * 1024 * 1024
 """Largest message that is decoded at all; the bus refuses to send ones above its own, smaller limit."""
 
+_TAG_FIELD = b"\xa4type"
+"""How every message goes on after its first bytes, the map's size: msgspec writes the tag first, and a class name of up
+to 31 letters behind one byte."""
+
 MessageT = TypeVar("MessageT", bound=Message)
 RecordT = TypeVar("RecordT", bound=Record)
 
@@ -53,6 +57,17 @@ def decode(data: bytes, types: type[MessageT] | UnionType) -> Any:
     if message.v > SCHEMA_VERSION:
         raise WireError(f"{found.__name__} is of schema {message.v} at `$.v`; this process reads {SCHEMA_VERSION}")
     return message
+
+
+def tag_of(data: bytes) -> str:
+    """Class name of an encoded message, read off its first bytes; empty: there is none. For who hears much and reads
+    little: nothing is validated."""
+    start = {0xDE: 3, 0xDF: 5}.get(data[0], 1) if data else 0
+    if data[start : start + len(_TAG_FIELD)] != _TAG_FIELD:
+        return ""
+    start += len(_TAG_FIELD) + 1
+    length = data[start - 1 : start][0] & 0x1F if data[start - 1 : start] else 0
+    return data[start : start + length].decode(errors="replace")
 
 
 def encode_record(record: Record) -> bytes:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from common.messages.views import ClusterView, StoryTold
 from common.settings import RouterSettings
 from common.units import RequestId
+from services.router.activity_feed import ActivityFeed
 from services.router.model_text import ModelText
 from services.router.tickets import Ticket
 from services.router.validate import Plan
@@ -17,6 +18,7 @@ from services.router.validate import Plan
 class Door(Protocol):
     settings: RouterSettings
     text: ModelText
+    activity: ActivityFeed
 
     async def open(
         self, plan: Plan, *, request_id: RequestId, reply_inbox: str | None = None, traceparent: str = ""

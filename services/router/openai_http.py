@@ -7,6 +7,7 @@ what goes wrong later is an error event in the stream. A client that disconnects
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -28,6 +29,7 @@ from services.router import render
 from services.router.api_errors import ApiError
 from services.router.api_types import ChatRequest, CompletionRequest
 from services.router.door import Door, new_request_id
+from services.router.page_http import is_page_file, page_routes
 from services.router.tickets import Ticket
 from services.router.validate import ModelFacts, Plan, check_request_id, parse, plan_chat, plan_completion
 
@@ -43,6 +45,11 @@ OPEN_PATHS = ("/health", "/live")
 """Answered without an API key: probes have none."""
 TRACEPARENT_CHARS_MAX = 128
 STATE_ID = "pecsched.request_id"
+
+
+def is_open(path: str) -> bool:
+    """Whether it is answered without an API key."""
+    return path in OPEN_PATHS or is_page_file(path)
 
 
 class ClientGone(Exception):
@@ -62,6 +69,7 @@ def create_app(door: Door) -> ASGIApp:
             Route("/cluster", handlers.cluster),
             Route("/health", handlers.health),
             Route("/live", handlers.live),
+            *(page_routes(door.activity, guarded) if door.settings.pages_max else ()),
         ],
         middleware=[Middleware(Frontdesk, api_key=door.settings.api_key)],
         exception_handlers={
@@ -98,7 +106,7 @@ class Frontdesk:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
             await send(message)
 
-        if self._expected is not None and scope["path"] not in OPEN_PATHS:
+        if self._expected is not None and not is_open(scope["path"]):
             offered = headers.get(b"authorization", b"")
             if not hmac.compare_digest(offered, self._expected):
                 refused = ApiError(401, "invalid_api_key", "a valid API key is needed: Authorization: Bearer <key>")
@@ -192,15 +200,8 @@ class Generation(Response):
         self._plan = plan
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def bounded_send(message: Any) -> None:
-            try:
-                async with asyncio.timeout(SEND_S):
-                    await send(message)
-            except TimeoutError:
-                raise ClientGone from None
-
         try:
-            await unless_gone(receive, self._answer(scope, receive, bounded_send))
+            await unless_gone(receive, self._answer(scope, receive, bounded(send)))
         except ClientGone:
             log.info("the client left; its request is cancelled", request_id=scope["state"][STATE_ID])
 
@@ -282,6 +283,25 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         watching.cancel()
         working.cancel()
         await asyncio.wait((working, watching))
+
+
+def bounded(send: Send) -> Send:
+    """Raises: ClientGone, from a send for which the client leaves its connection's buffer full too long."""
+
+    async def bounded_send(message: Any) -> None:
+        try:
+            async with asyncio.timeout(SEND_S):
+                await send(message)
+        except TimeoutError:
+            raise ClientGone from None
+
+    return bounded_send
+
+
+async def guarded(receive: Receive, send: Send, stream: Callable[[Send], Coroutine[Any, Any, None]]) -> None:
+    """Stream until the end, or until the client goes."""
+    with contextlib.suppress(ClientGone):
+        await unless_gone(receive, stream(bounded(send)))
 
 
 async def _disconnected(receive: Receive) -> None:

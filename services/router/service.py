@@ -29,6 +29,7 @@ from common.runtime.store import Delete, Put, Store, StoreError, Touch, Write
 from common.runtime.supervisor import Supervisor
 from common.settings import RouterSettings
 from common.units import Attempt, RequestId, RouterId
+from services.router.activity_feed import ActivityFeed
 from services.router.api_errors import ApiError
 from services.router.model_text import ModelText
 from services.router.nats_api import NatsApi
@@ -76,6 +77,7 @@ class Router:
         self._timer_changed = asyncio.Event()
         self._heartbeat = Heartbeat(settings.heartbeat_s, self._beat_and_watch)
         self._scheduler_seen_s = 0.0
+        self.activity = ActivityFeed(bus, self.cluster, self.spawn, model=text.facts.name, pages_max=settings.pages_max)
 
     def __repr__(self) -> str:
         return f"Router({self.router_id!r}, requests={len(self._tickets)}, generations={len(self._desk)})"
@@ -97,6 +99,7 @@ class Router:
                 await self._stopping.wait()
                 await service.unsubscribe()
                 await self._drain()
+                self.activity.close()
                 for subscription in (inbox, relay):
                     await subscription.unsubscribe()
         finally:

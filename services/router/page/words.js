@@ -1,0 +1,82 @@
+// Numbers and segments in words.
+
+const NAMES = {
+  waiting: "short at its worker, waiting or running",
+  prefill: "short prefill",
+  handoff: "KV handoff",
+  decode: "decode",
+  forming: "long: its workers meet",
+  part: "long prefill",
+  pause: "long paused, shorts run",
+  long_decode: "long decodes",
+};
+
+export const count = new Intl.NumberFormat("en").format;
+
+/** 0.0123 → "12 ms", 3.21 → "3.2 s"; null → "–". */
+export function seconds(value) {
+  if (value === null || value === undefined) return "–";
+  if (value < 0.001) return `${(value * 1000).toFixed(2)} ms`;
+  if (value < 0.01) return `${(value * 1000).toFixed(1)} ms`;
+  if (value < 1) return `${Math.round(value * 1000)} ms`;
+  return value < 100 ? `${value.toFixed(1)} s` : `${Math.round(value)} s`;
+}
+
+export function short(name) {
+  return name.length <= 18 ? name : `${name.slice(0, 10)}…${name.slice(-6)}`;
+}
+
+/** One segment, in a line. */
+export function describe(model, segment) {
+  const request = model.requests.get(segment.request);
+  const lane = model.lanes.get(segment.lane);
+  const parts = [NAMES[segment.kind] ?? segment.kind, lasting(model, segment)];
+  if (segment.kind === "handoff") parts.push(`to ${model.lanes.get(segment.detail)?.name || "its decode worker"}`);
+  parts.push(`on ${lane?.name ?? "a worker"}`);
+  if (request) parts.push(`${count(request.tokens)} tokens`, short(request.name));
+  return parts.join(" · ");
+}
+
+export function lasting(model, segment) {
+  const length = Math.max(0, (segment.end ?? model.now()) - segment.begin);
+  return segment.end === null ? `${seconds(length)} so far` : seconds(length);
+}
+
+/** What a worker does, for who does not see the lanes. */
+export function doing(model, lane) {
+  if (!lane.here) return "gone";
+  const open = [...lane.segments.values()].filter((segment) => segment.end === null);
+  const of = (kind) => open.filter((segment) => segment.kind === kind);
+  const name = (segment) => short(model.requests.get(segment.request)?.name ?? "a request");
+  const said = [];
+  for (const segment of of("part")) said.push(`prefills the long ${name(segment)}`);
+  for (const segment of of("pause")) said.push(`the long ${name(segment)} is paused here`);
+  for (const segment of of("forming")) said.push(`meets others for the long ${name(segment)}`);
+  if (of("long_decode").length) said.push(`decodes ${plural(of("long_decode").length, "long")}`);
+  if (of("decode").length) said.push(`decodes ${plural(of("decode").length, "request")}`);
+  if (of("waiting").length) said.push(`${plural(of("waiting").length, "short")} in hand`);
+  return said.join(", ") || "idle";
+}
+
+export function plural(number, noun) {
+  return `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
+}
+
+/** A request's way as steps: [what, where, how long]. */
+export function way(model, request) {
+  const steps = [];
+  const segments = model.segmentsOf(request.id).filter((segment) => segment.kind !== "waiting" || segment.end === null);
+  const first = segments[0];
+  if (request.submitted !== null && first) steps.push({ what: "queued at the scheduler", where: "", kind: "queued", took: seconds(Math.max(0, first.begin - request.submitted)) });
+  for (const segment of segments) {
+    const where = model.lanes.get(segment.lane)?.name ?? "";
+    const last = steps[steps.length - 1];
+    if (last && last.kind === segment.kind && last.begin !== undefined && Math.abs(last.begin - segment.begin) < 0.05 && last.kind !== "decode") {
+      if (!last.where.includes(where)) last.where += `, ${where}`;
+      continue;
+    }
+    const to = segment.kind === "handoff" ? ` → ${model.lanes.get(segment.detail)?.name ?? ""}` : "";
+    steps.push({ what: NAMES[segment.kind], where: where + to, kind: segment.kind, took: lasting(model, segment), begin: segment.begin });
+  }
+  return steps;
+}
