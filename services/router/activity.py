@@ -220,6 +220,7 @@ class Activity:
 
     def _submitted(self, message: RequestSubmitted) -> None:
         request = self._request(message.spec.request_id)
+        request.prompt_tokens = request.prompt_tokens or message.spec.prompt.tokens
         if request.submitted_s is None and not request.open:
             request.submitted_s = self._now_s
         request.answered = request.answered or message.spec.generated_before > 0
@@ -243,7 +244,9 @@ class Activity:
         self._end(done, self._now_s)
         self._answered(message.request_id)
         request.prefilled_s = self._now_s
-        if message.finish_reason is None and request.decode_worker_id == message.worker_id:
+        if message.finish_reason is not None:
+            self._forget(message.request_id)
+        elif request.decode_worker_id == message.worker_id:
             self._open(message.worker_id, request, "decode", self._now_s)
 
     def _released(self, message: KvReleased) -> None:
@@ -334,12 +337,10 @@ class Activity:
             request.attempt = seen.attempt
             request.decode_worker_id = None if is_long or not seen.workers else seen.workers[-1]
             request.prefilled_s = self._now_s if kind == "decode" else None
-        for worker_id in seen.workers if is_long or kind == "waiting" else seen.workers[-1:]:
+        for worker_id in seen.workers if is_long else seen.workers[:1] if kind == "waiting" else seen.workers[-1:]:
             span = request.open.get(worker_id)
             if span is None or (span.kind != kind and self._now_s - span.begin_s > GRACE_S):
                 self._open(worker_id, request, kind, self._now_s, seen.prompt_tokens)
-            if kind == "waiting":
-                break
 
     def _summarize(self, view: ClusterView | None) -> None:
         sample = Sample(

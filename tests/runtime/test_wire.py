@@ -184,3 +184,21 @@ def test_a_record_is_no_message_and_the_reverse() -> None:
         wire.decode(wire.encode_record(spec), RequestSubmitted)
     with pytest.raises(WireError, match="RequestSpec"):
         wire.decode_record(wire.encode(SUBMITTED), RequestSpec)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["least", "full"])
+@pytest.mark.parametrize("message_type", MESSAGES, ids=lambda cls: cls.__name__)
+def test_the_tag_is_read_off_the_first_bytes(message_type: type[Message], full: bool) -> None:
+    data = wire.encode(sample(message_type, full=full))
+    assert wire.tag_of(data) == message_type.__name__
+
+
+@given(st.binary(max_size=40))
+def test_the_tag_of_any_bytes_is_some_text(data: bytes) -> None:
+    assert isinstance(wire.tag_of(data), str)
+    assert isinstance(wire.tag_of(b"\x82\xa4type" + data), str)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x81", b"\x82\xa4type", b"\x82\xa4kind\xa1x", b"\xde\x00"])
+def test_what_has_no_tag_has_an_empty_one(data: bytes) -> None:
+    assert wire.tag_of(data) == ""
