@@ -6,6 +6,7 @@
 `python -m loadtest engine`    stepped prefill beside transformers' own forward; a decode step by batch size
 `python -m loadtest sp`        a long prefill by a group of workers beside one of them alone
 `python -m loadtest fit-costs` the simulator's coefficients of a GPU, fitted to measured tables
+`python -m loadtest page`      what the live page costs the router, and its frames per second
 `python -m loadtest sim`       a workload on a simulated cluster of GPUs, under any policy
 `python -m loadtest paper`     the paper's experiments on simulated clusters, each figure beside the paper's, as HTML
 `python -m loadtest scale`     what a decision of the scheduler costs in clusters of 32 to 8,192 GPUs

@@ -20,6 +20,7 @@ from loadtest import (
     mixed,
     mixed_report,
     overhead,
+    page,
     paper,
     pause,
     pause_groups,
@@ -274,6 +275,9 @@ BENCHMARKS = {
         fit_costs.add_flags,
         fit_costs.run_flags,
         fit_costs.show,
+    ),
+    "page": Benchmark(
+        "what the live page costs, and its frames per second", page.__doc__, page.add_flags, page.run_flags, page.show
     ),
     "sim": Benchmark("a workload on a simulated cluster", sim.__doc__, sim.add_flags, sim.run, sim.show),
     "paper": Benchmark(

@@ -1,4 +1,4 @@
-"""The live page in a browser, over a make-believe cluster: many lanes, keys, colours, and everything that is missing."""
+"""The live page in a browser, over a make-believe cluster: many lanes, keys, colours, and all that can be missing."""
 
 from __future__ import annotations
 

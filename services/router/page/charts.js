@@ -1,7 +1,7 @@
 // Two charts over the last minutes: time to first token by class, and what waits.
 
 import uPlot from "./uPlot.esm.js";
-import { seconds } from "./words.js";
+import { clock, seconds } from "./words.js";
 
 const HEIGHT_PX = 170;
 
@@ -20,21 +20,22 @@ export class Charts {
     const style = getComputedStyle(document.documentElement);
     const of = (name) => style.getPropertyValue(`--${name}`).trim();
     const colours = { short: of("short"), long: of("long"), muted: of("muted"), line: of("line") };
-    const time = (scale) => ({
-      width: this.width(scale), height: HEIGHT_PX, legend: { live: true }, cursor: { drag: { x: false, y: false }, sync: { key: "pecsched" } },
+    this.ttft = this.make("ttft", {
+      scales: { x: { range: span }, y: { distr: 3, range: decades } },
+      axes: axes(colours, seconds, tens),
+      series: series(colours, seconds),
     });
-    this.ttft = new uPlot(
-      { ...time("ttft"), scales: { y: { distr: 3, range: decades } }, axes: axes(colours, (u, ticks) => ticks.map((v) => (v === null ? "" : seconds(v)))), series: series(colours, seconds) },
-      [[], [], []],
-      this.places.ttft,
-    );
-    const whole = (u, v) => (v === null || v === undefined ? "–" : String(v));
-    this.queue = new uPlot(
-      { ...time("queue"), scales: { y: { range: (u, low, high) => [0, Math.max(4, high * 1.1)] } }, axes: axes(colours, (u, ticks) => ticks.map((v) => (Number.isInteger(v) ? String(v) : ""))), series: series(colours, (v) => whole(null, v), uPlot.paths.stepped({ align: 1 })) },
-      [[], [], []],
-      this.places.queue,
-    );
+    this.queue = this.make("queue", {
+      scales: { x: { range: span }, y: { range: (u, low, high) => [0, Math.max(4, (high ?? 0) * 1.1)] } },
+      axes: axes(colours, (v) => (Number.isInteger(v) ? String(v) : "")),
+      series: series(colours, (v) => (v === null || v === undefined ? "–" : String(v)), uPlot.paths.stepped({ align: 1 })),
+    });
     this.update();
+  }
+
+  make(name, options) {
+    const cursor = { drag: { x: false, y: false }, sync: { key: "pecsched" } };
+    return new uPlot({ width: this.width(name), height: HEIGHT_PX, cursor, ...options }, [[], [], []], this.places[name]);
   }
 
   width(name) {
@@ -57,12 +58,25 @@ export class Charts {
 
 function series(colours, say, paths) {
   const line = (label, stroke, dash) => ({ label, stroke, dash, width: 2, points: { show: false }, paths, value: (u, v) => say(v) });
-  return [{ value: (u, v) => (v === null || v === undefined ? "–" : new Date(v * 1000).toLocaleTimeString()) }, line("shorts", colours.short), line("longs", colours.long, [6, 4])];
+  return [{}, line("shorts", colours.short), line("longs", colours.long, [6, 4])];
 }
 
-function axes(colours, values) {
+function axes(colours, say, splits) {
   const common = { stroke: colours.muted, grid: { stroke: colours.line, width: 1 }, ticks: { show: false }, font: "11px system-ui, sans-serif" };
-  return [{ ...common, space: 90 }, { ...common, size: 56, values }];
+  const time = (u, ticks) => ticks.map((v) => clock(v, 1));
+  return [{ ...common, space: 100, size: 30, values: time }, { ...common, size: 58, splits, values: (u, ticks) => ticks.map(say) }];
+}
+
+/** A minute at least, so that a young page does not look busy. */
+function span(u, low, high) {
+  const to = high ?? Date.now() / 1000;
+  return [Math.min(low ?? to, to - 60), to];
+}
+
+function tens(u, axis, low, high) {
+  const found = [];
+  for (let power = Math.round(Math.log10(low)); power <= Math.round(Math.log10(high)); power += 1) found.push(10 ** power);
+  return found;
 }
 
 /** Whole decades around the data, two at least. */

@@ -1,9 +1,11 @@
 // The lanes on their canvas: time runs to the left, what is new comes in at the right edge.
 // A frame is drawn only if something moved by a device pixel, or changed.
 
+import { clock } from "./words.js";
+
 const SPANS_S = [5, 10, 20, 30, 60, 120];
 const AXIS_PX = 20;
-const COMET_S = 1.2; // how long a handoff shows where it went
+const COMET_S = 0.8; // how long a handoff shows where it went
 const STEPS_S = [0.5, 1, 2, 5, 10, 20, 30];
 const SHORT_MIN_PX = 1.5;
 
@@ -94,7 +96,7 @@ export class Lanes {
       item.title = `${lane.name} (${lane.role}, ${lane.node})`;
       item.style.top = `${y}px`;
       item.style.lineHeight = item.style.height = `${height}px`;
-      item.style.fontSize = `${Math.min(12.5, Math.max(9, height - 1.5))}px`;
+      item.style.fontSize = `${Math.min(12, Math.max(9, (lane.role === "decode" ? height / 2 : height) - 1.5))}px`;
       item.classList.toggle("gone", !lane.here);
       item.classList.toggle("chosen", i === this.chosen);
       return item;
@@ -178,8 +180,9 @@ export class Lanes {
   drawGrid() {
     const c = this.context;
     const step = STEPS_S.find((s) => (s * this.width) / this.spanS >= 90) ?? 30;
+    const heard = Math.max(0, this.x(0)); // left of it, nobody listened
     c.fillStyle = this.colours.stripe;
-    for (const { y, height } of this.rows) c.fillRect(0, y + 1, this.width, height - 2);
+    for (const { y, height } of this.rows) c.fillRect(heard, y + 1, this.width - heard, height - 2);
     const wallRight = this.model.wall(this.right);
     c.strokeStyle = this.colours.line;
     c.fillStyle = this.colours.muted;
@@ -211,7 +214,7 @@ export class Lanes {
     this.drawPauses(bars.pause.filter(isShown));
     fill(bars.waiting, waiting, foot(0.22));
     fill(bars.prefill, short, ([x, y, w, h]) => [x, y, Math.max(SHORT_MIN_PX, w), h]);
-    fill(bars.long_decode, this.colours.card, foot(0.42));
+    fill(bars.long_decode, this.colours.stripe, foot(0.42));
     fill(bars.long_decode, long, foot(0.3));
   }
 
@@ -269,17 +272,17 @@ export class Lanes {
   drawComets(segments, lit) {
     const c = this.context;
     c.fillStyle = c.strokeStyle = this.colours.handoff;
-    c.lineWidth = 1.5;
     for (const segment of segments) {
       const isLit = segment.request === lit;
       const [x, y, w, h] = this.box(segment);
       c.globalAlpha = lit === null || isLit ? 1 : 0.28;
       c.fillRect(x, y, Math.max(1.5, w), h);
       const age = this.right - (segment.end ?? this.right);
-      const glow = isLit ? 0.9 : this.still.matches ? 0 : 0.55 * (1 - age / COMET_S);
+      const glow = isLit ? 0.9 : this.still.matches ? 0 : 0.4 * (1 - age / COMET_S);
       const to = this.byId.get(segment.detail);
       if (glow <= 0.02 || !to || age < 0) continue;
       c.globalAlpha = lit === null || isLit ? glow : glow * 0.3;
+      c.lineWidth = isLit ? 1.8 : 1;
       const end = x + Math.max(1.5, w);
       c.beginPath();
       c.moveTo(end, y + h / 2);
@@ -376,11 +379,4 @@ function mostAtOnce(spans) {
 
 function length(segment) {
   return (segment.end ?? Infinity) - segment.begin;
-}
-
-function clock(wall, step) {
-  const date = new Date(wall * 1000);
-  const two = (n) => String(n).padStart(2, "0");
-  const whole = `${two(date.getHours())}:${two(date.getMinutes())}:${two(date.getSeconds())}`;
-  return step < 1 ? `${whole}.${Math.round(date.getMilliseconds() / 100) % 10}` : whole;
 }

@@ -80,3 +80,11 @@ export function way(model, request) {
   }
   return steps;
 }
+
+/** Time of day of seconds since 1970; with tenths where a step is shorter than a second. */
+export function clock(wall, step) {
+  const date = new Date(wall * 1000);
+  const two = (n) => String(n).padStart(2, "0");
+  const whole = `${two(date.getHours())}:${two(date.getMinutes())}:${two(date.getSeconds())}`;
+  return step < 1 ? `${whole}.${Math.round(date.getMilliseconds() / 100) % 10}` : whole;
+}
