@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -19,7 +19,7 @@ from common.logs import get_logger
 from common.messages.base import Message
 from common.messages.views import ClusterView
 from common.runtime import subjects, wire
-from common.runtime.bus import Bus, BusError, Delivery, Subscription
+from common.runtime.bus import Bus, BusError, Delivery
 from common.runtime.supervisor import Supervisor
 from services.router.activity import Activity, Heard
 from services.router.activity_records import Change, State
@@ -132,10 +132,11 @@ class ActivityFeed:
     # --- while somebody looks --------------------------------------------------------------------
 
     async def _listen(self, activity: Activity) -> None:
-        subscriptions: list[Subscription] = []
         try:
-            subscriptions += [await self._bus.subscribe(subject, self._hear) for subject in SUBJECTS]
-            async with Supervisor() as tasks:
+            async with AsyncExitStack() as ears, Supervisor() as tasks:
+                for subject in SUBJECTS:
+                    subscription = await self._bus.subscribe(subject, self._hear)
+                    ears.push_async_callback(subscription.unsubscribe)
                 tasks.spawn(self._look(activity), name="cluster views")
                 while await self._somebody_looks():
                     await self._news.wait()
@@ -150,8 +151,6 @@ class ActivityFeed:
         finally:
             if self._activity is activity:
                 self._activity = None
-            for subscription in subscriptions:
-                await subscription.unsubscribe()
 
     async def _somebody_looks(self) -> bool:
         """Waits a while for the next page after the last one left."""

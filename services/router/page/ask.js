@@ -1,7 +1,7 @@
 // The box: sends a prompt through the OpenAI API, shows the answer as it comes, and the request's way.
 
 import { events, key, reason } from "./stream.js";
-import { short, way } from "./words.js";
+import { short, summary, way } from "./words.js";
 
 const FILLER = "The quick brown fox jumps over the lazy dog while the patient river carries small boats to the sea. ";
 const WAY_STEPS_MAX = 60;
@@ -29,7 +29,7 @@ export class Ask {
     this.at("watched").hidden = name === null;
     this.at("watched-name").textContent = name === null ? "" : short(name);
     this.at("watched-name").title = name ?? "";
-    this.at("answer").textContent = "";
+    this.at("answer").textContent = this.at("sum").textContent = "";
     this.at("story-lines").textContent = "";
     this.at("way").replaceChildren();
     this.watch(name);
@@ -82,6 +82,7 @@ export class Ask {
   update() {
     const request = this.name === null ? undefined : this.model.byName.get(this.name);
     if (request === undefined) return;
+    this.at("sum").textContent = summary(this.model, request);
     const steps = way(this.model, request).slice(-WAY_STEPS_MAX);
     const said = JSON.stringify(steps);
     if (said === this.said) return;
@@ -92,6 +93,7 @@ export class Ask {
       item.append(part("what", what), part("took", took), part("where", where));
       return item;
     }));
+    this.at("way").scrollTop = this.at("way").scrollHeight;
   }
 
   /** The scheduler's own story, when somebody wants to read it. */

@@ -27,7 +27,7 @@ export class Charts {
     });
     this.queue = this.make("queue", {
       scales: { x: { range: span }, y: { range: (u, low, high) => [0, Math.max(4, (high ?? 0) * 1.1)] } },
-      axes: axes(colours, (v) => (Number.isInteger(v) ? String(v) : "")),
+      axes: axes(colours, String, undefined, [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]),
       series: series(colours, (v) => (v === null || v === undefined ? "–" : String(v)), uPlot.paths.stepped({ align: 1 })),
     });
     this.update();
@@ -61,10 +61,10 @@ function series(colours, say, paths) {
   return [{}, line("shorts", colours.short), line("longs", colours.long, [6, 4])];
 }
 
-function axes(colours, say, splits) {
+function axes(colours, say, splits, incrs) {
   const common = { stroke: colours.muted, grid: { stroke: colours.line, width: 1 }, ticks: { show: false }, font: "11px system-ui, sans-serif" };
   const time = (u, ticks) => ticks.map((v) => clock(v, 1));
-  return [{ ...common, space: 100, size: 30, values: time }, { ...common, size: 58, splits, values: (u, ticks) => ticks.map(say) }];
+  return [{ ...common, space: 100, size: 30, values: time }, { ...common, size: 58, splits, incrs, values: (u, ticks) => ticks.map(say) }];
 }
 
 /** A minute at least, so that a young page does not look busy. */

@@ -8,6 +8,7 @@ const AXIS_PX = 20;
 const COMET_S = 0.8; // how long a handoff shows where it went
 const STEPS_S = [0.5, 1, 2, 5, 10, 20, 30];
 const SHORT_MIN_PX = 1.5;
+const DIMMED = 0.35; // what is not the request that stands out
 
 export class Lanes {
   /** @param {import("./model.js").Model} model */
@@ -143,7 +144,7 @@ export class Lanes {
     const decodeMax = Math.max(4, ...shown.decoders.map(([, spans]) => mostAtOnce(spans)));
     for (const [row, spans] of shown.decoders) this.drawBatch(row, spans, decodeMax, lit);
     for (const isLit of lit === null ? [true] : [false, true]) {
-      c.globalAlpha = isLit ? 1 : 0.28;
+      c.globalAlpha = isLit ? 1 : DIMMED;
       this.drawBars(shown.bars, (segment) => lit === null || (segment.request === lit) === isLit);
     }
     c.globalAlpha = 1;
@@ -251,7 +252,7 @@ export class Lanes {
     const right = this.x(this.right);
     const edges = spans.flatMap((s) => [[this.x(s.begin), 1], [s.end === null ? right : Math.min(right, this.x(s.end)), -1]]);
     edges.sort((a, b) => a[0] - b[0]);
-    c.globalAlpha = lit === null ? 1 : 0.4;
+    c.globalAlpha = lit === null ? 1 : DIMMED;
     c.fillStyle = this.colours.decode;
     let depth = 0;
     for (let i = 0; i < edges.length - 1; i += 1) {
@@ -275,7 +276,7 @@ export class Lanes {
     for (const segment of segments) {
       const isLit = segment.request === lit;
       const [x, y, w, h] = this.box(segment);
-      c.globalAlpha = lit === null || isLit ? 1 : 0.28;
+      c.globalAlpha = lit === null || isLit ? 1 : DIMMED;
       c.fillRect(x, y, Math.max(1.5, w), h);
       const age = this.right - (segment.end ?? this.right);
       const glow = isLit ? 0.9 : this.still.matches ? 0 : 0.4 * (1 - age / COMET_S);

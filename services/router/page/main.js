@@ -126,7 +126,7 @@ function follow(isHeld) {
 
 function showTime() {
   const isHeld = lanes.heldAt !== null;
-  at("follow").setAttribute("aria-pressed", String(isHeld));
+  at("follow").classList.toggle("held", isHeld);
   at("follow").textContent = isHeld ? "Follow" : "Hold";
   at("span").textContent = `${lanes.spanS} s`;
 }

@@ -62,6 +62,26 @@ export function plural(number, noun) {
   return `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
 }
 
+/** A request's way in one sentence; empty: nothing is known yet. */
+export function summary(model, request) {
+  const total = new Map();
+  for (const { kind, lane, begin, end } of model.segmentsOf(request.id)) {
+    const sum = total.get(kind) ?? { took: 0, times: 0, lane };
+    if (sum.lane !== lane) continue; // of a group, one rank speaks for all
+    sum.took += (end ?? model.now()) - begin;
+    sum.times += 1;
+    total.set(kind, sum);
+  }
+  const said = [];
+  const say = (kind, words) => total.has(kind) && said.push(words(total.get(kind)));
+  say("prefill", ({ took }) => `prefilled in ${seconds(took)}`);
+  say("part", ({ took, times }) => `prefilled in ${seconds(took)}${times > 1 ? `, in ${times} parts` : ""}`);
+  say("pause", ({ took, times }) => `paused ${times === 1 ? "once" : `${times} times`}, ${seconds(took)} in all`);
+  say("decode", ({ took }) => `decoded for ${seconds(took)}`);
+  say("long_decode", ({ took }) => `decoded for ${seconds(took)}`);
+  return said.join("; ");
+}
+
 /** A request's way as steps: [what, where, how long]. */
 export function way(model, request) {
   const steps = [];
