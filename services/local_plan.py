@@ -113,8 +113,9 @@ def role_environment(
 ) -> dict[str, str]:
     """The environment of a role's process: serve's own, overlaid by serve's settings."""
     instead = {"nats_url": nats_url, "redis_url": redis_url, **role.instead}
-    if settings.journal:
-        instead["journal"] = f"{settings.journal}.{role.name}"
+    for name in ("journal", "alive_file"):
+        if file := getattr(settings, name):
+            instead[name] = f"{file}.{role.name}"
     overlay = environment(settings, role.settings, **instead)
     if "threads" in role.instead:
         overlay["OMP_NUM_THREADS"] = str(role.instead["threads"])

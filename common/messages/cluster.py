@@ -99,6 +99,8 @@ class WorkerHeartbeat(Message, frozen=True, kw_only=True):
 
     profile: WorkerProfile
     holdings: tuple[Holding, ...] = ()
+    leaving: bool = False
+    """It is to stop: it ends what it holds, and should get nothing new. `WorkerLeft` follows."""
 
 
 class WorkerLeft(Message, frozen=True, kw_only=True):

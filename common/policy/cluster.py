@@ -126,8 +126,9 @@ class Worker:
     kv_free: int = field(init=False)
     held: dict[HoldKey, Reservation] = field(default_factory=dict)
     kv_reserved: int = 0
-    suspected: bool = False
-    """Somebody could not reach it: it gets no work until its next heartbeat, or is lost."""
+    shunned: bool = False
+    """It gets no new work: somebody could not reach it (until its next heartbeat, or until it is lost), or it is
+    leaving."""
 
     def __post_init__(self) -> None:
         self.worker_id = self.profile.worker_id
@@ -192,8 +193,10 @@ class Cluster:
         insert moves the pointers behind it, faster than any tree finds its place.)"""
         self._running_as: dict[RequestId, tuple[int, int, RequestId]] = {}
         self._serial = 0
+        self.shunned: LoadIndex[WorkerId] = LoadIndex()
+        """Replicas that get no new work, and prefill no long. (Those of a group leave it when it ends.)"""
         self.seats: set[WorkerId] = set()
-        """Replicas whose prefill place is free."""
+        """Replicas whose prefill place is free, and not shunned."""
         self.vacant = NodeIndex()
         """Those of them that have no shorts either, by node."""
         self.room_changes = 0
@@ -258,8 +261,8 @@ class Cluster:
         self._kv_max.clear()
         self._largest_nodes.clear()
 
-    def suspect(self, worker: Replica | Decoder, suspected: bool) -> None:
-        worker.suspected = suspected
+    def shun(self, worker: Replica | Decoder, shunned: bool) -> None:
+        worker.shunned = shunned
         self._reindex(worker)
 
     def _reindex(self, worker: Replica | Decoder) -> None:
@@ -271,11 +274,11 @@ class Cluster:
             if worker.home is not None:
                 worker.home.discard(worker_id)
             worker.home = home
-            (self.seats.add if worker.long is None else self.seats.discard)(worker_id)
+            (self.seats.add if home in (self.idle, self.decoding) else self.seats.discard)(worker_id)
         self._reload(worker)
 
     def _index_decoder(self, decoder: Decoder) -> None:
-        if decoder.suspected:
+        if decoder.shunned:
             self.decoder_load.discard(decoder.worker_id)
         else:
             self.decoder_load.set(decoder.worker_id, decoder.kv_reserved)
@@ -287,7 +290,7 @@ class Cluster:
         replica.home.set(worker_id, replica.queued_tokens)
         if replica.long is not None and replica.long in self.standing:
             self._stands(replica.long)
-        if replica.is_vacant:
+        if replica.is_vacant and not replica.shunned:
             self.room_changes += self.vacant.add(worker_id, replica.profile.node)
         else:
             self.vacant.discard(worker_id)
@@ -295,6 +298,8 @@ class Cluster:
     def _home_of(self, replica: Replica) -> LoadIndex[WorkerId]:
         if replica.long is not None:
             return self.groups[replica.long]
+        if replica.shunned:
+            return self.shunned
         return self.decoding if replica.decoding else self.idle
 
     def group_moved(self, request_id: RequestId, *, stands: bool) -> None:

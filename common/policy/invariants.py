@@ -169,8 +169,8 @@ def a_group_keeps_its_kv(cluster: Cluster) -> None:
 
 
 def replicas_are_indexed_by_their_state(cluster: Cluster) -> None:
-    """Every replica is in the one index of its state; decoders that are suspected are in none."""
-    homes = {"idle": cluster.idle, "decoding": cluster.decoding}
+    """Every replica is in the one index of its state; decoders that are shunned are in none."""
+    homes = {"idle": cluster.idle, "decoding": cluster.decoding, "shunned": cluster.shunned}
     homes |= {f"group of {request_id}": index for request_id, index in cluster.groups.items()}
     for request_id in cluster.groups:
         stands = _state_of(cluster, request_id) in STANDING_LONG
@@ -183,19 +183,25 @@ def replicas_are_indexed_by_their_state(cluster: Cluster) -> None:
     for name, replica in cluster.replicas.items():
         found = [home for home, index in homes.items() if name in index]
         require(found == [_home_of(cluster, replica)], f"{name}: indexed as {found}, is {_home_of(cluster, replica)}")
-        require((name in cluster.seats) == (replica.long is None), f"{name}: seat")
-        require((name in cluster.vacant) == replica.is_vacant, f"{name}: vacancy")
+        require((name in cluster.seats) == _has_free_seat(replica), f"{name}: seat")
+        require((name in cluster.vacant) == (replica.is_vacant and not replica.shunned), f"{name}: vacancy")
     require(sum(map(len, homes.values())) == len(cluster.replicas), "a replica that is gone is indexed")
-    free = sum(replica.long is None for replica in cluster.replicas.values())
+    free = sum(map(_has_free_seat, cluster.replicas.values()))
     require(len(cluster.seats) == free, "a replica that is gone has a seat")
     require(len(cluster.vacant) <= free, "a replica that is gone is vacant")
-    served = {name for name, decoder in cluster.decoders.items() if not decoder.suspected}
+    served = {name for name, decoder in cluster.decoders.items() if not decoder.shunned}
     require(set(cluster.decoder_load.ids()) == served, "decoders that can be reached are indexed")
+
+
+def _has_free_seat(replica: Replica) -> bool:
+    return replica.long is None and not replica.shunned
 
 
 def _home_of(cluster: Cluster, replica: Replica) -> str:
     if replica.long is not None:
         return f"group of {replica.long}"
+    if replica.shunned:
+        return "shunned"
     return "decoding" if replica.decoding else "idle"
 
 

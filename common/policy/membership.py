@@ -131,8 +131,8 @@ class Membership:
         if worker is None:
             worker = self._add_worker(profile)
         worker.heard_s = self._ledger.now_s
-        if worker.suspected:
-            self._cluster.suspect(worker, False)
+        if worker.shunned is not event.leaving:
+            self._cluster.shun(worker, event.leaving)
             self._policy.decoder_eased()
         diff = compare_holdings(worker, event.holdings, self._ledger.now_s, self._ledger.grace_s)
         for key in diff.unknown + diff.undropped:

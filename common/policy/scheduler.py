@@ -276,7 +276,7 @@ class Scheduler:
         if event.suspect_worker_id is not None:
             suspect = self._cluster.decoders.get(event.suspect_worker_id)
             if suspect is not None:
-                self._cluster.suspect(suspect, True)
+                self._cluster.shun(suspect, True)
         request = self._ledger.current(event.request_id, event.attempt)
         if request is None or request.prefill_worker != event.worker_id:
             return

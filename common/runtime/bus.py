@@ -74,7 +74,8 @@ class Bus(Protocol):
 
     async def serve(self, name: str, version: str, description: str, endpoints: Sequence[Endpoint]) -> Subscription:
         """Offer endpoints as a discoverable micro service (NATS: ping, info, stats for free); instances of
-        the same name share the load."""
+        the same name share the load. Its `unsubscribe` takes no new requests, and returns when each that was on its
+        way here has been handled: nobody asks in vain because an instance ends."""
         ...
 
     def on_reconnect(self, callback: Callable[[], None]) -> None:

@@ -23,6 +23,7 @@ SUBSCRIPTION_PENDING_MAX = 65_536
 """Messages that wait for one subscription's handler; more are dropped, as NATS drops those of a slow consumer."""
 OUTAGE_BUFFER_BYTES_MAX = 2 * 1024 * 1024
 QUEUE_OF_SERVICES = "q"
+SERVICE_END_S = 5.0
 
 log = get_logger(__name__)
 
@@ -259,7 +260,7 @@ class MemoryBus:
     async def serve(self, name: str, version: str, description: str, endpoints: Sequence[Endpoint]) -> Subscription:
         """See `Bus`. There is nobody to discover it here."""
         return _MemoryService(
-            [await self.subscribe(e.subject, self._answering(e.handler), queue=QUEUE_OF_SERVICES) for e in endpoints]
+            [self._subscribe(e.subject, self._answering(e.handler), QUEUE_OF_SERVICES) for e in endpoints]
         )
 
     def _answering(self, handler: Handler) -> Handler:
@@ -316,9 +317,9 @@ class MemoryBus:
 
 
 class _MemoryService:
-    def __init__(self, endpoints: list[Subscription]) -> None:
+    def __init__(self, endpoints: list[_MemorySubscription]) -> None:
         self._endpoints = endpoints
 
     async def unsubscribe(self) -> None:
         for endpoint in self._endpoints:
-            await endpoint.unsubscribe()
+            await endpoint.drain(SERVICE_END_S)

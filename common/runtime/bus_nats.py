@@ -238,8 +238,12 @@ class _NatsService:
         self._service = service
 
     async def unsubscribe(self) -> None:
-        with contextlib.suppress(nats_errors.Error):
-            await self._service.stop()
+        # Not `stop()`: it throws away what is on its way, and whoever asked would wait until their time is up.
+        subscriptions = [endpoint._subscription for endpoint in self._service._endpoints]
+        with contextlib.suppress(nats_errors.Error, TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                for subscription in (*subscriptions, *self._service._subscriptions.values()):
+                    await subscription.drain()
 
 
 def _delivery(msg: Any) -> Delivery:

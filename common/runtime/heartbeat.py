@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from common.errors import StartupError
 
 
 class Heartbeat:
@@ -26,3 +29,21 @@ class Heartbeat:
                     await self._asked.wait()
             except TimeoutError:
                 continue
+
+
+async def show_life(file: str, every_s: float) -> None:
+    """Until cancelled, touch a file (none: ""), so that whoever watches from outside need only look at its time: the
+    health check of a container, which is made every few seconds for each of many and must cost next to nothing.
+
+    Raises: StartupError, if it cannot be written.
+    """
+    while file:
+        _touch(Path(file))
+        await asyncio.sleep(every_s)
+
+
+def _touch(path: Path) -> None:
+    try:
+        path.touch()
+    except OSError as error:
+        raise StartupError(f"cannot touch {path}: {error.strerror or error}; pass another --alive-file") from error

@@ -20,6 +20,11 @@ class Door(Protocol):
     text: ModelText
     activity: ActivityFeed
 
+    @property
+    def leaving(self) -> bool:
+        """It is to stop: connections should not be kept for another request."""
+        ...
+
     async def open(
         self, plan: Plan, *, request_id: RequestId, reply_inbox: str | None = None, traceparent: str = ""
     ) -> Ticket:

@@ -34,7 +34,7 @@ def main(settings: RouterSettings) -> int:
 
     async def start(bus: Bus, store: Store, stop: asyncio.Event) -> None:
         text = await asyncio.to_thread(load_text, settings)
-        with listening(settings.host, settings.port) as listener:
+        with listening(settings.host, settings.port, reuse_port=settings.reuse_port) as listener:
             await serve(Router(settings, bus, store, text), listener, stop)
 
     return run_role("router", settings, start)
@@ -50,11 +50,11 @@ def load_text(settings: RouterSettings) -> ModelText:
 
 
 @contextlib.contextmanager
-def listening(host: str, port: int) -> Iterator[socket.socket]:
+def listening(host: str, port: int, *, reuse_port: bool = False) -> Iterator[socket.socket]:
     """A bound, listening socket. Raises: StartupError, if the address is taken or unknown."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=reuse_port)
     except OSError as error:
         reason = error.strerror or str(error)
         raise StartupError(f"cannot listen on {host}:{port}: {reason}; choose another with --host, --port") from error
@@ -63,7 +63,12 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 async def serve(router: Router, listener: socket.socket, stop: asyncio.Event) -> None:
-    """Run the router and its HTTP door until `stop`; then drain both."""
+    """Run the router and its HTTP door until `stop`; then drain both.
+
+    A router that stops refuses connections from its first moment on, and whoever is refused may safely try elsewhere.
+    What comes over connections that are open it still takes, for `late_s`; each closes behind its answer, and those on
+    which nobody asks close in the middle of that time.
+    """
     host, port = listener.getsockname()[:2]
     router.address = f"{host}:{port}"
     server = Server(
@@ -82,8 +87,11 @@ async def serve(router: Router, listener: socket.socket, stop: asyncio.Event) ->
         serving = tasks.spawn(server.serve(sockets=[listener]), name="http")
         log.info("listening", address=router.address, model=router.text.facts.name)
         await stop.wait()
-        # The router first: it answers everyone, then the connections can close.
+        server.accept_no_more(listener)
         router.stop()
+        await asyncio.sleep(router.settings.late_s / 2)
+        server.close_idle()
+        # The router first: it answers everyone, then the connections can close.
         await running
         server.should_exit = True
         await serving
@@ -91,6 +99,21 @@ async def serve(router: Router, listener: socket.socket, stop: asyncio.Event) ->
 
 class Server(uvicorn.Server):
     """uvicorn, without its own signal handlers: the process has its own."""
+
+    def accept_no_more(self, listener: socket.socket) -> None:
+        """Connections that are open go on, to the end of the answer that is on its way."""
+        if self.started:
+            for server in self.servers:
+                server.close()
+            listener.close()
+        for connection in self.server_state.connections:
+            cycle = connection.cycle  # type: ignore[union-attr]
+            if cycle is not None:
+                cycle.keep_alive = False
+
+    def close_idle(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -71,7 +71,7 @@ def create_app(door: Door) -> ASGIApp:
             Route("/live", handlers.live),
             *(page_routes(door.activity, guarded) if door.settings.pages_max else ()),
         ],
-        middleware=[Middleware(Frontdesk, api_key=door.settings.api_key)],
+        middleware=[Middleware(Frontdesk, door=door)],
         exception_handlers={
             ApiError: _on_api_error,
             HTTPException: _on_http_error,
@@ -82,10 +82,13 @@ def create_app(door: Door) -> ASGIApp:
 
 
 class Frontdesk:
-    """Names the request, asks for the key. Plain ASGI, so that nothing stands between a stream and its client."""
+    """Names the request, asks for the key, ends connections of a router that leaves. Plain ASGI, so that nothing
+    stands between a stream and its client."""
 
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
+    def __init__(self, app: ASGIApp, door: Door) -> None:
         self._app = app
+        self._door = door
+        api_key = door.settings.api_key
         self._expected = f"Bearer {api_key}".encode() if api_key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,7 +106,8 @@ class Frontdesk:
 
         async def send_named(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
+                own = [(b"x-request-id", name.encode()), *([(b"connection", b"close")] if self._door.leaving else [])]
+                message["headers"] = [*message.get("headers", ()), *own]
             await send(message)
 
         if self._expected is not None and not is_open(scope["path"]):

@@ -24,7 +24,7 @@ from common.messages.scheduling import (
 from common.messages.views import ClusterView, DescribeCluster, QueryFailed, StoryTold, TellStory
 from common.runtime import keys, subjects, wire
 from common.runtime.bus import Bus, BusError, BusTimeout, Delivery, NoResponders
-from common.runtime.heartbeat import Heartbeat
+from common.runtime.heartbeat import Heartbeat, show_life
 from common.runtime.store import Delete, Put, Store, StoreError, Touch, Write
 from common.runtime.supervisor import Supervisor
 from common.settings import RouterSettings
@@ -73,6 +73,7 @@ class Router:
         self._tasks = Supervisor()
         self._started = asyncio.Event()
         self._stopping = asyncio.Event()
+        self._shut = False
         self._empty = asyncio.Event()
         self._timer_changed = asyncio.Event()
         self._heartbeat = Heartbeat(settings.heartbeat_s, self._beat_and_watch)
@@ -85,7 +86,8 @@ class Router:
     # --- life ------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Serve until stopped; then refuse new requests, give those in hand `drain_s`, fail the rest, and leave."""
+        """Serve until stopped; then take what is on its way for `late_s` more, refuse the rest, give requests in hand
+        `drain_s`, fail what is left, and leave."""
         self._bus.on_reconnect(self._heartbeat.now)
         self._scheduler_seen_s = self._now_s()
         try:
@@ -96,8 +98,11 @@ class Router:
                 self._tasks.spawn(self._heartbeat.run(), name="heartbeats")
                 self._tasks.spawn(self._timers(), name="timers")
                 self._started.set()
+                self._tasks.spawn(show_life(self.settings.alive_file, self.settings.heartbeat_s), name="sign of life")
                 await self._stopping.wait()
                 await service.unsubscribe()
+                await asyncio.sleep(self.settings.late_s)
+                self._shut = True
                 await self._drain()
                 self.activity.close()
                 for subscription in (inbox, relay):
@@ -107,6 +112,11 @@ class Router:
 
     def stop(self) -> None:
         self._stopping.set()
+
+    @property
+    def leaving(self) -> bool:
+        """It is to stop: connections should not be kept for another request."""
+        return self._stopping.is_set()
 
     async def started(self) -> None:
         """Wait until the router hears and serves."""
@@ -214,7 +224,7 @@ class Router:
         return StoryTold(request_id=RequestId(request_id), lines=tuple(lines))
 
     def _admit(self, request_id: RequestId, generations: int) -> None:
-        if self._stopping.is_set():
+        if self._shut:
             raise ApiError(503, "shutting_down", "this router stops; try again elsewhere or later")
         if request_id in self._tickets or request_id in self._choices:
             raise ApiError(409, "duplicate_request_id", f"a request {request_id!r} is running")

@@ -50,6 +50,7 @@ from common.policy.scheduler_io import (
 )
 from common.runtime import keys, subjects
 from common.runtime.bus import Bus, BusError, Delivery
+from common.runtime.heartbeat import show_life
 from common.runtime.lease import Lease
 from common.runtime.shell import CoreShell, JournalSink, MailboxFull
 from common.runtime.store import Delete, Put, Store, StoreError, Write
@@ -186,6 +187,7 @@ class SchedulerService:
         """Stand by, then serve until stopped or cancelled. Raises: LeaseLost, and whatever the core raised."""
         try:
             async with Supervisor() as tasks:
+                tasks.spawn(show_life(self._settings.alive_file, self._settings.heartbeat_s), name="sign of life")
                 epoch = await self._lease.stand_by(tasks, self._stop)
                 if epoch is None:
                     return

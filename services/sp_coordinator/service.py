@@ -18,7 +18,7 @@ from common.policy.sp_coordinator import SpCoordinator as Core
 from common.policy.sp_io import CoordinatorCommand, CoordinatorEvent, CoordinatorHeard, StopAsked
 from common.runtime import keys, subjects
 from common.runtime.bus import Bus, BusError, Delivery
-from common.runtime.heartbeat import Heartbeat
+from common.runtime.heartbeat import Heartbeat, show_life
 from common.runtime.lease import Lease
 from common.runtime.shell import CoreShell, JournalSink, MailboxFull
 from common.runtime.store import Store
@@ -73,6 +73,7 @@ class SpCoordinator:
         """Serve until stopped or cancelled. Raises: LeaseLost, and whatever the core raised."""
         try:
             async with Supervisor() as tasks:
+                tasks.spawn(show_life(self._settings.alive_file, self._settings.heartbeat_s), name="sign of life")
                 if await self._lease.stand_by(tasks, self._stop) is None:
                     return
                 tasks.spawn(self._shell.run(), name="coordinator core")

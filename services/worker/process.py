@@ -8,9 +8,11 @@ import re
 import socket
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 
+from common.errors import StartupError
 from common.messages.cluster import WorkerRole
 from common.runtime.bus import Bus
 from common.runtime.process import Service, open_journal, run_role, serve_until
@@ -19,6 +21,9 @@ from common.runtime.store import Store
 from common.settings import WorkerSettings
 from services.engine.data_plane import DataPlaneFactory
 from services.engine.transport import open_data_plane
+
+AUTO = "auto"
+NATS_PORT = 4222
 
 SettingsT = TypeVar("SettingsT", bound=WorkerSettings)
 
@@ -32,9 +37,28 @@ def run_worker(
         settings = msgspec.structs.replace(settings, worker_id=f"{role}-{host}-{os.getpid()}")
 
     async def start(bus: Bus, store: Store, stop: asyncio.Event) -> None:
-        await serve(settings, bus, store, stop)
+        host = await asyncio.to_thread(data_host_of, settings)
+        await serve(msgspec.structs.replace(settings, data_host=host), bus, store, stop)
 
     return run_role(f"{role}-worker", settings, start)
+
+
+def data_host_of(settings: WorkerSettings) -> str:
+    """Where peers reach this worker: as set, or this machine's address on the way to NATS, which all of them reach too.
+    Blocking (names are looked up). Raises: StartupError."""
+    if settings.data_host != AUTO:
+        return settings.data_host
+    server = urlsplit(settings.nats_url.split(",")[0])
+    try:
+        infos = socket.getaddrinfo(server.hostname, server.port or NATS_PORT, type=socket.SOCK_DGRAM)
+        family, kind, protocol, _, target = infos[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)  # of datagrams: chooses the way, sends nothing
+            return str(probe.getsockname()[0])
+    except (OSError, ValueError) as error:
+        raise StartupError(
+            f"--data-host {AUTO}: no way from here to NATS: {error}; pass this worker's address"
+        ) from error
 
 
 async def serve_worker(

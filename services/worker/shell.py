@@ -21,7 +21,7 @@ from common.messages.locations import KvLocation, WorkerLease
 from common.policy.core import Core, TimePassed
 from common.runtime import keys, subjects, wire
 from common.runtime.bus import Bus, BusError, Delivery
-from common.runtime.heartbeat import Heartbeat
+from common.runtime.heartbeat import Heartbeat, show_life
 from common.runtime.shell import CoreShell, JournalSink, MailboxFull
 from common.runtime.store import Store
 from common.runtime.supervisor import Supervisor
@@ -120,8 +120,10 @@ class WorkerShell(Generic[EventT, CommandT]):
                 lease = wire.encode_record(WorkerLease(profile=self._profile()))
                 self._kept.put(keys.worker_lease(self._worker_id), lease)
                 tasks.spawn(self._heartbeat.run(), name="heartbeats")
+                tasks.spawn(show_life(self._settings.alive_file, self._settings.heartbeat_s), name="sign of life")
                 self._started.set()
                 await self._stopping.wait()
+                self._heartbeat.now()  # says that it leaves, so that nothing new is sent here
                 await self._drain()
                 await inbox.unsubscribe()
                 await tasks.stop()
@@ -217,7 +219,8 @@ class WorkerShell(Generic[EventT, CommandT]):
             self._empty.set()
 
     async def _beat(self) -> None:
-        beat = WorkerHeartbeat(profile=self._profile(), holdings=self._core.holdings())
+        leaving = self._stopping.is_set()
+        beat = WorkerHeartbeat(profile=self._profile(), holdings=self._core.holdings(), leaving=leaving)
         await self.publish(subjects.SCHEDULER, beat)
 
     def _profile(self) -> WorkerProfile:

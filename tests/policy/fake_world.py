@@ -69,6 +69,7 @@ class FakeWorker:
     role: str
     incarnation: int = 1
     alive: bool = True
+    leaving: bool = False
     holds: dict[Key, str] = field(default_factory=dict)
 
     def phase_of(self, key: Key) -> HoldingPhase:
@@ -148,7 +149,7 @@ class World:
                 # Two replicas to a node.
                 node = f"n{int(name[1:]) // 2}"
                 me = profile(name, worker.role, kv=self.kv, incarnation=str(worker.incarnation), node=node)
-                self.send(name, WorkerHeartbeat(profile=me, holdings=holdings))
+                self.send(name, WorkerHeartbeat(profile=me, holdings=holdings, leaving=worker.leaving))
         waiting = tuple((r, q.attempt) for r, q in sorted(self.requests.items()) if q.ended is None)
         self.send("r", RouterHeartbeat(router_id="r", waiting=waiting))
         self.send(
@@ -405,12 +406,16 @@ class World:
         if self.workers[worker_id].alive:
             self.crash(worker_id)
         worker = self.workers[worker_id]
-        self.workers[worker_id] = replace(worker, alive=True, incarnation=worker.incarnation + 1, holds={})
+        self.workers[worker_id] = FakeWorker(worker.role, incarnation=worker.incarnation + 1)
 
     def restart_coordinator(self) -> None:
         self.coordinator_incarnation += 1
         self.groups.clear()
         self.to_scheduler.pop("c", None)
+
+    def retire(self, worker_id: str) -> None:
+        """It says with its heartbeats that it will leave, and ends what it holds meanwhile."""
+        self.workers[worker_id].leaving = True
 
     def leave(self, worker_id: str) -> None:
         """It stops by its own will, and says so."""
@@ -458,7 +463,7 @@ class World:
         lost messages are mended by heartbeats within leases, then each second everybody takes a step."""
         self.orders_to_lose = 0
         for name, worker in self.workers.items():
-            if not worker.alive:
+            if not worker.alive or worker.leaving:
                 self.restart(name)
         for _ in range(MENDED_S + STEPS_MAX * (1 + len(self.requests))):
             self.heartbeats()

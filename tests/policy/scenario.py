@@ -138,7 +138,7 @@ def parse_event(verb: str, args: list[str], options: dict[str, str]) -> Schedule
             )
             node = options.get("node", "n0")
             me = profile(name, role, kv=kv, incarnation=options.get("incarnation", "1"), node=node)
-            return WorkerHeartbeat(profile=me, holdings=holdings)
+            return WorkerHeartbeat(profile=me, holdings=holdings, leaving="leaving" in options)
         case "left":
             return WorkerLeft(worker_id=name, incarnation="1")
         case "router":

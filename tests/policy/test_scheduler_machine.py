@@ -97,7 +97,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.world.heartbeats()
 
     @rule(
-        data=st.data(), kind=st.sampled_from(["crash", "crash_member", "leave", "restart", "coordinator", "fail_work"])
+        data=st.data(),
+        kind=st.sampled_from(["crash", "crash_member", "retire", "leave", "restart", "coordinator", "fail_work"]),
     )
     def fault(self, data: st.DataObject, kind: str) -> None:
         world = self.world

@@ -312,6 +312,33 @@ async def test_a_service_that_fails_answers_with_an_error(world: World) -> None:
         await client.request("v1.ask", b"", timeout_s=WAIT_S)
 
 
+async def test_a_service_that_ends_handles_what_is_on_its_way(world: World) -> None:
+    server, client, answers = await world.bus("server"), await world.bus("client"), Received()
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def answer(delivery: Delivery) -> None:
+        begun.set()
+        await go_on.wait()
+        assert delivery.reply is not None
+        await server.publish(delivery.reply, delivery.data)
+
+    service = await server.serve("pecsched", "1.0.0", "test", [Endpoint("ask", "v1.ask", answer)])
+    inbox = client.new_inbox()
+    await client.subscribe(inbox, answers)
+    for number in range(3):
+        await client.publish("v1.ask", str(number).encode(), reply=inbox)
+    await client.flush()
+    await begun.wait()
+    ending = asyncio.create_task(service.unsubscribe())
+    await asyncio.sleep(0)
+    go_on.set()
+    await ending
+    await answers.count(3)
+    assert answers.data == [b"0", b"1", b"2"]
+    with pytest.raises(NoResponders):
+        await client.request("v1.ask", b"", timeout_s=WAIT_S)
+
+
 async def test_inboxes_are_unique(world: World) -> None:
     buses = [await world.bus("one"), await world.bus("two")]
     inboxes = [bus.new_inbox() for bus in buses for _ in range(100)]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from pathlib import Path
 
 import pytest
 
-from common.runtime.heartbeat import Heartbeat
+from common.errors import StartupError
+from common.runtime.heartbeat import Heartbeat, show_life
 from common.runtime.supervisor import Supervisor
 from common.runtime.virtual_time import virtual
 
@@ -45,3 +48,25 @@ async def test_a_cancel_that_comes_as_it_is_asked_is_heard(turns: int) -> None:
     task.cancel()
     _, running = await asyncio.wait([task], timeout=1.0)
     assert not running
+
+
+@virtual
+async def test_a_sign_of_life_is_renewed_while_the_loop_runs(tmp_path: Path) -> None:
+    file = tmp_path / "alive"
+    async with Supervisor() as tasks:
+        tasks.spawn(show_life(str(file), 1.0), name="sign of life")
+        await asyncio.sleep(0.5)
+        assert file.exists()
+        for _ in range(3):
+            os.utime(file, (0, 0))
+            await asyncio.sleep(1.0)
+            assert file.stat().st_mtime > 0
+
+
+async def test_without_a_file_there_is_nothing_to_show() -> None:
+    await show_life("", 1.0)
+
+
+async def test_a_sign_of_life_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=r"cannot touch .*nowhere/alive: No such file.*--alive-file"):
+        await show_life(str(tmp_path / "nowhere" / "alive"), 1.0)

@@ -243,6 +243,14 @@ def test_workers_are_dealt_out_to_nodes(settings, nodes):
     assert {node: " ".join(names) for node, names in stand.items()} == nodes
 
 
+def test_every_role_has_files_of_its_own():
+    serve = cli.ServeSettings(journal="/j", alive_file="/a")
+    plan = make_plan(serve, 8000)
+    found = {r.name: role_environment(r, serve, {}, "nats://n", "redis://r") for r in plan.roles}
+    assert {env["PECSCHED_JOURNAL"] for env in found.values()} == {f"/j.{name}" for name in found}
+    assert found["decode-0"]["PECSCHED_ALIVE_FILE"] == "/a.decode-0"
+
+
 @pytest.mark.parametrize(
     ("settings", "parts"),
     [

@@ -301,8 +301,10 @@ async def test_told_to_stop_it_finishes_what_is_in_hand_and_says_farewell():
     async with prefill_world() as world:
         await world.short(world.spec("a", 400))
         await world.until_it_computes()
+        assert not any(beat.leaving for beat in world.beats)
         world.worker.stop()
         await world.until(lambda: bool(world.of(WorkerLeft)))
+        assert world.beats[-1].leaving, "so that nothing new is sent here"
         assert [m.request_id for m in world.of(KvReleased)] == ["a"]
         assert not world.of(PrefillFailed)
         assert await world.store.scan("") == {}
