@@ -59,7 +59,7 @@ def test_an_engine_that_will_do_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_command_that_fails_says_which_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_docker(tmp_path, "echo pulling; echo 'port is already allocated' >&2; echo; exit 3")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(engine.DockerFailed, match=r"docker compose .* up .*: port is already allocated"):
+    with pytest.raises(engine.DockerFailed, match=r"docker compose .* up: port is already allocated"):
         Project("p", {}, on_host=False).compose("up")
 
 

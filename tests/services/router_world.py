@@ -265,7 +265,7 @@ async def world(*, answer: str = "Paris, on the Seine.", **settings: Any) -> Asy
     broker, store = MemoryBroker(), MemoryStore()
     buses = [MemoryBus(broker, "router"), MemoryBus(broker, "cluster")]
     cluster = FakeCluster(buses[1], store, answer)
-    router = Router(RouterSettings(**{"drain_s": 0.05, **settings}), buses[0], store, tiny_text())
+    router = Router(RouterSettings(**{"drain_s": 0.05, "late_s": 0.0, **settings}), buses[0], store, tiny_text())
     transport = httpx.ASGITransport(create_app(router), raise_app_exceptions=False)
     async with Supervisor() as tasks, httpx.AsyncClient(transport=transport, base_url="http://router") as http:
         await cluster.serve(tasks)

@@ -83,7 +83,7 @@ async def test_an_answer_on_its_way_is_finished_and_its_connection_closed() -> N
 
 
 async def test_a_request_on_an_open_connection_is_still_taken() -> None:
-    async with leaving_world(late_s=4.0) as w:
+    async with leaving_world(late_s=1.0) as w:
         assert "connection" not in (await w.ask()).headers
         w.stop.set()
         await w.until_refused()

@@ -33,7 +33,7 @@ async def openai_world(**settings: Any) -> AsyncIterator[tuple[openai.AsyncOpenA
     broker, store, stop = MemoryBroker(), MemoryStore(), asyncio.Event()
     buses = [MemoryBus(broker, "router"), MemoryBus(broker, "cluster")]
     cluster = FakeCluster(buses[1], store, ANSWER)
-    router = Router(RouterSettings(**{"drain_s": 0.1, **settings}), buses[0], store, tiny_text())
+    router = Router(RouterSettings(**{"drain_s": 0.1, "late_s": 0.0, **settings}), buses[0], store, tiny_text())
     with listening("127.0.0.1", 0) as listener:
         async with Supervisor() as tasks:
             await cluster.serve(tasks)
