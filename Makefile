@@ -18,7 +18,7 @@ ARGS ?=
 
 help: ## this list
 	@echo 'PecSched. Targets:'
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 21
 	@echo 'Flags: make serve ARGS="--port 9000"    All of them: make serve ARGS=--help'
 
 setup: $(STAMP) ## create .venv with pinned dependencies (serve and test do it by themselves)
