@@ -93,6 +93,15 @@ async def test_a_request_on_an_open_connection_is_still_taken() -> None:
             await w.ask()
 
 
+async def test_a_proxy_that_asks_hears_that_it_leaves() -> None:
+    async with leaving_world(late_s=1.0) as w:
+        assert (await w.http.get(f"{w.url}/health")).json()["status"] == "ok"
+        w.stop.set()
+        await w.until_refused()
+        answer = await w.http.get(f"{w.url}/health")
+        assert (answer.status_code, answer.json()["status"]) == (503, "leaving")
+
+
 async def test_a_connection_on_which_nobody_asks_is_closed() -> None:
     async with leaving_world(late_s=0.2, drain_s=30.0) as w:
         w.cluster.hold = asyncio.Event()
