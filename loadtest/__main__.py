@@ -29,6 +29,7 @@ from loadtest import (
     sim,
     sp,
 )
+from loadtest.flags import cluster_flags, not_negative, positive, rate, token_range
 
 EXIT_INTERRUPTED = 130
 
@@ -42,63 +43,21 @@ class Benchmark:
     show: Callable[[dict[str, Any]], None]
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
-
-
-def _not_negative(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("must not be negative")
-    return number
-
-
-def _rate(text: str) -> float:
-    number = float(text)
-    if not 0.0 < number < 1e6:
-        raise argparse.ArgumentTypeError("must be more than 0")
-    return number
-
-
-def _range(text: str) -> tuple[int, int]:
-    low, _, high = text.partition("-")
-    try:
-        ends = int(low), int(high or low)
-    except ValueError:
-        raise argparse.ArgumentTypeError("must be like 32-256") from None
-    if not 1 <= ends[0] <= ends[1]:
-        raise argparse.ArgumentTypeError("must rise, like 32-256")
-    return ends
-
-
-def _cluster_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=_not_negative, default=0, help="of all that is random [0]")
-    parser.add_argument("--url", default="", help="measure the cluster there, instead of starting one")
-    parser.add_argument("--nats-url", default="", help="of that cluster: what only the bus tells is measured too")
-    parser.add_argument("--api-key", default="", help="bearer token, where the router asks for one")
-    parser.add_argument(
-        "--serve", default="", metavar="FLAGS", help="more flags for `pecsched serve`, as one argument: --serve '…'"
-    )
-
-
 def _mixed_flags(parser: argparse.ArgumentParser) -> None:
-    _cluster_flags(parser)
+    cluster_flags(parser)
     defaults = mixed.MixedOptions()
     parser.add_argument(
         "--serve-pecsched", default="", metavar="FLAGS", help="as --serve, for the clusters whose policy is pecsched"
     )
-    parser.add_argument("--shorts", type=_positive, default=defaults.shorts, help="at least so many per setting [200]")
-    parser.add_argument("--longs", type=_not_negative, default=defaults.longs, help="at least so many per setting [8]")
+    parser.add_argument("--shorts", type=positive, default=defaults.shorts, help="at least so many per setting [200]")
+    parser.add_argument("--longs", type=not_negative, default=defaults.longs, help="at least so many per setting [8]")
     parser.add_argument(
-        "--capacity-level-s", type=_rate, default=defaults.capacity_level_s, help="seconds per level of concurrency [7]"
+        "--capacity-level-s", type=rate, default=defaults.capacity_level_s, help="seconds per level of concurrency [7]"
     )
-    parser.add_argument("--short-rps", type=_rate, help="arrivals per second [40 %% of the capacity, measured]")
-    parser.add_argument("--long-rps", type=_rate, help="arrivals per second [30 %% of the machine, measured]")
-    parser.add_argument("--short-tokens", type=_range, default=defaults.short_tokens, metavar="LOW-HIGH")
-    parser.add_argument("--long-tokens", type=_range, default=defaults.long_tokens, metavar="LOW-HIGH")
+    parser.add_argument("--short-rps", type=rate, help="arrivals per second [40 %% of the capacity, measured]")
+    parser.add_argument("--long-rps", type=rate, help="arrivals per second [30 %% of the machine, measured]")
+    parser.add_argument("--short-tokens", type=token_range, default=defaults.short_tokens, metavar="LOW-HIGH")
+    parser.add_argument("--long-tokens", type=token_range, default=defaults.long_tokens, metavar="LOW-HIGH")
 
 
 def _mixed(flags: argparse.Namespace) -> dict[str, Any]:
@@ -122,8 +81,8 @@ def _mixed(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def _overhead_flags(parser: argparse.ArgumentParser) -> None:
-    _cluster_flags(parser)
-    parser.add_argument("--requests", type=_positive, default=overhead.OverheadOptions().requests, help="[200]")
+    cluster_flags(parser)
+    parser.add_argument("--requests", type=positive, default=overhead.OverheadOptions().requests, help="[200]")
 
 
 def _overhead(flags: argparse.Namespace) -> dict[str, Any]:
@@ -140,18 +99,18 @@ def _overhead(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=_not_negative, default=0, help="of all that is random [0]")
+    parser.add_argument("--seed", type=not_negative, default=0, help="of all that is random [0]")
     parser.add_argument("--model", default="embedded", help="folder or hub id of a causal LM")
     parser.add_argument("--cache-dir", default="", help="where the converted model is kept")
-    parser.add_argument("--tokens", type=_positive, default=7_000, help="of the long prompt [7000]")
-    parser.add_argument("--threads", type=_positive, default=1, help="compute threads [1]")
+    parser.add_argument("--tokens", type=positive, default=7_000, help="of the long prompt [7000]")
+    parser.add_argument("--threads", type=positive, default=1, help="compute threads [1]")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
 
 
 def _pause_flags(parser: argparse.ArgumentParser) -> None:
     _model_flags(parser)
-    parser.add_argument("--pauses", type=_positive, default=pause.PauseOptions().pauses, help="at least so many [120]")
-    parser.add_argument("--ranks", type=_positive, default=1, help="workers that prefill the long together [1]")
+    parser.add_argument("--pauses", type=positive, default=pause.PauseOptions().pauses, help="at least so many [120]")
+    parser.add_argument("--ranks", type=positive, default=1, help="workers that prefill the long together [1]")
 
 
 def _pause(flags: argparse.Namespace) -> dict[str, Any]:
@@ -174,9 +133,9 @@ def _sp_flags(parser: argparse.ArgumentParser) -> None:
     _model_flags(parser)
     options = sp.SpOptions()
     parser.set_defaults(tokens=options.tokens, dtype=options.dtype)
-    parser.add_argument("--ranks", type=_positive, default=options.ranks, help="workers in the group [2]")
+    parser.add_argument("--ranks", type=positive, default=options.ranks, help="workers in the group [2]")
     parser.add_argument(
-        "--runs", type=_positive, default=options.runs, help="of each way, in turn; their median counts [3]"
+        "--runs", type=positive, default=options.runs, help="of each way, in turn; their median counts [3]"
     )
 
 
@@ -197,7 +156,7 @@ def _sp(flags: argparse.Namespace) -> dict[str, Any]:
 
 def _engine_flags(parser: argparse.ArgumentParser) -> None:
     _model_flags(parser)
-    parser.add_argument("--runs", type=_positive, default=3, help="of each way, in turn; their median counts [3]")
+    parser.add_argument("--runs", type=positive, default=3, help="of each way, in turn; their median counts [3]")
 
 
 def _engine(flags: argparse.Namespace) -> dict[str, Any]:
@@ -227,12 +186,12 @@ def _seeds(text: str) -> tuple[int, ...]:
 def _fidelity_flags(parser: argparse.ArgumentParser) -> None:
     options = fidelity.FidelityOptions()
     parser.add_argument("--seeds", type=_seeds, default=options.seeds, metavar="N,N", help="a load for each [0,1,2]")
-    parser.add_argument("--shorts", type=_positive, default=options.shorts, help="at least so many per seed [120]")
-    parser.add_argument("--longs", type=_positive, default=options.longs, help="at least so many per seed [3]")
-    parser.add_argument("--short-rps", type=_rate, default=options.short_rps, help="arrivals per second [0.5]")
-    parser.add_argument("--long-rps", type=_rate, default=options.long_rps, help="arrivals per second [0.012]")
-    parser.add_argument("--short-tokens", type=_range, default=options.short_tokens, metavar="LOW-HIGH")
-    parser.add_argument("--long-tokens", type=_range, default=options.long_tokens, metavar="LOW-HIGH")
+    parser.add_argument("--shorts", type=positive, default=options.shorts, help="at least so many per seed [120]")
+    parser.add_argument("--longs", type=positive, default=options.longs, help="at least so many per seed [3]")
+    parser.add_argument("--short-rps", type=rate, default=options.short_rps, help="arrivals per second [0.5]")
+    parser.add_argument("--long-rps", type=rate, default=options.long_rps, help="arrivals per second [0.012]")
+    parser.add_argument("--short-tokens", type=token_range, default=options.short_tokens, metavar="LOW-HIGH")
+    parser.add_argument("--long-tokens", type=token_range, default=options.long_tokens, metavar="LOW-HIGH")
     parser.add_argument(
         "--serve", default="", metavar="FLAGS", help="more flags for `pecsched serve`, as one argument: --serve '…'"
     )

@@ -9,8 +9,8 @@ flags: Mistral 7B on the paper's cluster, 4 nodes of 8 A100, under pecsched, and
     python -m loadtest sim --scenario cluster.toml --perfetto run.json.gz     (open it at https://ui.perfetto.dev)
 
 A scenario file is TOML, `loadtest/simulator/scenario.py` shows one; a flag changes what it says. The longs are made
-first, out of the whole trace; then it is cut (`--first`, in the trace's own seconds), then scaled. So a cut or scaled
-run has the very longs of the whole one.
+first, out of the whole trace; then it is cut (`--first`, in the trace's own seconds), thinned (`--keep`), scaled. So a
+cut or scaled run has the very longs of the whole one.
 
 Queueing delay: arrival to the start of the prefill. TTFT: arrival to the first token. JCT: arrival to the last one.
 """
@@ -33,22 +33,19 @@ from loadtest.simulator.scenario import (
     PRESETS,
     Scenario,
     ScenarioError,
-    WorkloadSpec,
     check_workload,
     load_scenario,
     make_scenario,
     overlaid,
 )
 from loadtest.simulator.summary import summarize
-from loadtest.simulator.synthetic import TRACE_RPS, synthetic
-from loadtest.simulator.traces import read_trace
-from loadtest.simulator.workload import Workload, make_workload, rewrite_longs
+from loadtest.simulator.workload import Workload
 from loadtest.simulator.world import simulate
+from loadtest.workload_flags import add_workload_flags, said_of, workload_of
 
 DEFAULT_MODEL = "mistral-7b"
 SWITCHES = ("preemption", "disaggregation", "colocation", "fast_sp")
 CLUSTER_FLAGS = ("model", "gpu", "nodes", "gpus_per_node", "tp", "decode_replicas", "policy")
-WORKLOAD_FLAGS = tuple(WorkloadSpec.__struct_fields__)
 PERCENT = 100
 
 
@@ -75,29 +72,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="any key of a scenario: scheduler.pause_max_s=1, coefficients.attention_flops=1.5e14",
     )
-    _workload_flags(parser.add_argument_group("workload"))
+    arriving = parser.add_argument_group("workload")
+    add_workload_flags(arriving)
+    arriving.add_argument("--seed", type=int, default=0, help="of all that is random [0]")
     written = parser.add_argument_group("output")
     written.add_argument("--csv", default="", metavar="FILE", help="a line per request")
     written.add_argument("--perfetto", default="", metavar="FILE", help="what every worker did; .gz: compressed")
-
-
-def _workload_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--trace",
-        nargs="+",
-        metavar="PATH",
-        help="Azure CSV files or a folder of them, or a Mooncake JSONL [synthetic]",
-    )
-    group.add_argument("--synthetic-s", type=float, metavar="S", help="length of a synthetic workload [3600]")
-    group.add_argument("--synthetic-rps", type=float, metavar="RPS", help=f"its requests per second [{TRACE_RPS:.2f}]")
-    group.add_argument("--rate-scale", type=float, metavar="X", help="arrival rate, as a multiple of the trace's [1]")
-    group.add_argument("--first", dest="first_s", type=float, metavar="S", help="only the trace's first S seconds")
-    group.add_argument("--no-rewrite", dest="rewrite", action="store_const", const=False, help="prompts as they are")
-    group.add_argument("--long-low", type=int, metavar="TOKENS", help="shortest long [100000]")
-    group.add_argument("--long-high", type=int, metavar="TOKENS", help="longest long [500000]")
-    group.add_argument("--long-percentile", type=float, metavar="P", help="longer prompts become longs [95]")
-    group.add_argument("--without-longs", action="store_const", const=True, help="take the longs out")
-    group.add_argument("--seed", type=int, default=0, help="of all that is random [0]")
 
 
 def run(flags: argparse.Namespace) -> dict[str, Any]:
@@ -126,29 +106,13 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
 def scenario_of(flags: argparse.Namespace) -> Scenario:
     """Raises: ScenarioError."""
     said = {name: value for name in (*CLUSTER_FLAGS, *SWITCHES) if (value := getattr(flags, name)) is not None}
-    arriving = {name: value for name in WORKLOAD_FLAGS if (value := getattr(flags, name)) is not None}
+    arriving = said_of(flags)
     changes = overlaid(said, {"workload": arriving} if arriving else {})
     for assignment in flags.set:
         changes = overlaid(changes, _assigned(assignment))
     if flags.scenario:
         return load_scenario(flags.scenario, changes)
     return make_scenario(overlaid({"model": DEFAULT_MODEL}, changes))
-
-
-def workload_of(spec: WorkloadSpec, seed: int) -> Workload:
-    """Raises: WorkloadError."""
-    if spec.trace:
-        workload = read_trace(spec.trace)
-    else:
-        workload = synthetic(seed, spec.synthetic_s, spec.synthetic_rps or TRACE_RPS)
-    if spec.rewrite:
-        workload = rewrite_longs(workload, spec.long_percentile, spec.long_low, spec.long_high, seed)
-    else:
-        workload = make_workload(workload.name, workload.arrivals, spec.long_percentile)
-    if spec.first_s is not None:
-        workload = workload.first(spec.first_s)
-    workload = workload.scaled(spec.rate_scale)
-    return workload.without_longs() if spec.without_longs else workload
 
 
 def show(figures: Mapping[str, Any]) -> None:

@@ -66,7 +66,7 @@ class ScenarioError(PecSchedError):
 
 
 class WorkloadSpec(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What arrives. Order of the changes: longs rewritten, truncated, scaled, longs taken out."""
+    """What arrives. Order of the changes: longs rewritten, truncated, thinned, scaled, longs taken out."""
 
     trace: tuple[str, ...] = ()
     """Azure CSV files, a folder of them, or one Mooncake JSONL file; none: the synthetic generator."""
@@ -82,8 +82,10 @@ class WorkloadSpec(Record, frozen=True, kw_only=True, forbid_unknown_fields=True
     """A prompt above this percentile of lengths is long."""
     first_s: Positive | None = None
     """Only what arrives in the first so many seconds of the trace; none: all."""
+    keep: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    """Share of the requests that is kept, drawn by lot; their times stay as they are."""
     rate_scale: Positive = 1.0
-    """Arrival rate as a multiple of the trace's."""
+    """Arrival rate as a multiple of the trace's: the same requests in less time."""
     without_longs: bool = False
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from common.errors import PecSchedError
@@ -18,6 +18,8 @@ from loadtest.stats import percentile as percentile_of
 
 LONG_PERCENTILE = 95.0
 LONG_TOKENS_LOW, LONG_TOKENS_HIGH = 100_000, 500_000
+ENDS_WITH = 1.02
+"""A workload whose last arrival is within this of the time asked for does not end early."""
 
 
 class WorkloadError(PecSchedError):
@@ -67,11 +69,26 @@ class Workload:
         arrivals = tuple(Arrival(at_s / rate, prompt, output) for at_s, prompt, output in self.arrivals)
         return dataclasses.replace(self, name=f"{self.name} ×{rate:g}", arrivals=arrivals)
 
-    def first(self, seconds: float) -> Workload:
-        """What arrives in the first `seconds`."""
-        end = bisect_left(self.arrivals, seconds, key=lambda arrival: arrival.at_s)
-        if end == len(self.arrivals):
+    def thinned(self, share: float, seed: int) -> Workload:
+        """Each request with this probability, when it came. Raises: WorkloadError, if none is left."""
+        if share >= 1.0:
             return self
+        rng = random.Random(f"{seed}/kept")
+        kept = tuple(arrival for arrival in self.arrivals if rng.random() < share)
+        if not kept:
+            raise WorkloadError(f"{self.name}: a share of {share:g} of {len(self.arrivals)} requests is none")
+        return dataclasses.replace(self, name=f"{self.name}, {share:g} of it", arrivals=kept)
+
+    def first(self, seconds: float) -> Workload:
+        """What arrives in the first `seconds`. The name tells of a workload that ends well before. Raises:
+        WorkloadError, if nothing arrives in them."""
+        end = bisect_left(self.arrivals, seconds, key=lambda arrival: arrival.at_s)
+        if not end:
+            raise WorkloadError(f"{self.name}: nothing arrives in the first {seconds:g} s")
+        if end == len(self.arrivals):
+            if seconds <= self.duration_s * ENDS_WITH:
+                return self
+            return dataclasses.replace(self, name=f"{self.name}, ends after {self.duration_s:.0f} s of {seconds:g} s")
         return dataclasses.replace(self, name=f"{self.name}, first {seconds:g} s", arrivals=self.arrivals[:end])
 
 
@@ -106,11 +123,16 @@ def rewrite_longs(
     if low <= marked.threshold_tokens:
         shorts = f"shorts have up to {marked.threshold_tokens}"
         raise WorkloadError(f"longs of {low} to {high} tokens are not longer than the shorts: {shorts}")
-    rng = random.Random(f"{seed}/long lengths")
+    drawn = long_lengths(low, high, seed)
     arrivals = tuple(
-        Arrival(at_s, rng.randint(low, high), output)
-        if prompt > marked.threshold_tokens
-        else Arrival(at_s, prompt, output)
+        Arrival(at_s, next(drawn), output) if prompt > marked.threshold_tokens else Arrival(at_s, prompt, output)
         for at_s, prompt, output in marked.arrivals
     )
     return dataclasses.replace(marked, arrivals=arrivals)
+
+
+def long_lengths(low: int, high: int, seed: int) -> Iterator[int]:
+    """Lengths of longs without end, drawn uniformly, both ends included: the same for the same seed."""
+    rng = random.Random(f"{seed}/long lengths")
+    while True:
+        yield rng.randint(low, high)
