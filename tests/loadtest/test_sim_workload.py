@@ -213,7 +213,29 @@ def test_the_first_seconds_end_before_their_last_moment() -> None:
     cut = ramp().first(10.0)
     assert [a.at_s for a in cut.arrivals] == [float(at) for at in range(10)]
     assert cut.threshold_tokens == 95  # of the whole: the same request is long in both
-    assert ramp().first(1e6) == ramp()
+    assert ramp().first(ramp().duration_s) != ramp()  # its last arrival is at that very moment
+    assert ramp().first(ramp().duration_s + 0.1) == ramp()
+
+
+def test_a_workload_that_ends_early_says_how_far_it_went() -> None:
+    cut = ramp().first(600.0)
+    assert cut.arrivals == ramp().arrivals
+    assert cut.name.endswith("ends after 99 s of 600 s")
+    with pytest.raises(WorkloadError, match="nothing arrives in the first 5 s"):
+        Workload("late", (Arrival(6.0, 1, 1),), 1).first(5.0)
+
+
+def test_a_thinned_workload_keeps_a_share_of_the_requests_at_their_times() -> None:
+    many = Workload("many", tuple(Arrival(float(at), at + 1, 1) for at in range(2000)), 1900)
+    some = many.thinned(0.25, seed=3)
+    assert 0.2 < len(some.arrivals) / len(many.arrivals) < 0.3
+    assert set(some.arrivals) < set(many.arrivals)
+    assert list(some.arrivals) == sorted(some.arrivals)
+    assert some.threshold_tokens == 1900
+    assert many.thinned(0.25, seed=3) == some != many.thinned(0.25, seed=4)
+    assert many.thinned(1.0, seed=3) is many
+    with pytest.raises(WorkloadError, match="is none"):
+        many.thinned(1e-9, seed=3)
 
 
 # --- the generator -----------------------------------------------------------------------------------
