@@ -14,6 +14,7 @@ import loadtest
 from common import logs
 from common.errors import PecSchedError
 from loadtest import (
+    compare,
     engine,
     fidelity,
     fit_costs,
@@ -25,6 +26,7 @@ from loadtest import (
     pause,
     pause_groups,
     report,
+    run,
     scale,
     sim,
     sp,
@@ -228,6 +230,8 @@ BENCHMARKS = {
     ),
     "engine": Benchmark("stepped prefill and decode steps", engine.__doc__, _engine_flags, _engine, engine.show),
     "sp": Benchmark("long prefill by a group of workers", sp.__doc__, _sp_flags, _sp, sp.show),
+    "run": Benchmark("a trace replayed on a live cluster, open loop", run.__doc__, run.add_flags, run.run, run.show),
+    "compare": Benchmark("two runs side by side", compare.__doc__, compare.add_flags, compare.run, compare.show),
     "fit-costs": Benchmark(
         "coefficients of a GPU from measured tables",
         fit_costs.__doc__,

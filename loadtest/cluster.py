@@ -29,7 +29,7 @@ from common.runtime.bus_nats import connect_nats
 from common.runtime.cores import usable_cores
 from common.runtime.supervisor import Supervisor
 from common.runtime.wire import decode
-from loadtest.client import Client
+from loadtest.nats_client import Door
 from services.children import LAUNCHER
 from services.run_file import read_run_file, run_file_path
 
@@ -119,7 +119,7 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
                 await process.wait()
 
 
-async def view_of(client: Client) -> ClusterView:
+async def view_of(client: Door) -> ClusterView:
     """The scheduler's view, by way of the router. Raises: ClientError."""
     return msgspec.convert(await client.get("/cluster"), ClusterView, strict=False)
 
@@ -131,10 +131,12 @@ def busy_slots(view: ClusterView, place: Place) -> int:
 
 
 class Observer:
-    """A silent second subscriber: hears messages of some kinds between the roles, and when."""
+    """A silent second subscriber: hears messages of some kinds between the roles, and when. It keeps them in `heard`,
+    or tells each on."""
 
-    def __init__(self, *kinds: type[Message]) -> None:
+    def __init__(self, *kinds: type[Message], tell: Callable[[float, Message], None] | None = None) -> None:
         self.heard: list[tuple[float, Message]] = []
+        self._tell = tell or self._keep
         self._news = asyncio.Event()
         # A message's class name as MessagePack writes it: its length, then its letters.
         self._marks = {kind: bytes([0xA0 | len(kind.__name__)]) + kind.__name__.encode() for kind in kinds}
@@ -143,8 +145,11 @@ class Observer:
         now_s = asyncio.get_running_loop().time()
         for kind, mark in self._marks.items():
             if mark in delivery.data:  # most messages are others; they are not decoded
-                self.heard.append((now_s, decode(delivery.data, kind)))
-                self._news.set()
+                self._tell(now_s, decode(delivery.data, kind))
+
+    def _keep(self, now_s: float, message: Message) -> None:
+        self.heard.append((now_s, message))
+        self._news.set()
 
     async def until(self, kind: type[Message], within_s: float) -> bool:
         """Wait for one of this kind. False: none was heard in time."""
@@ -158,7 +163,12 @@ class Observer:
 
 
 @asynccontextmanager
-async def observing(place: Place, subjects: Sequence[str], *kinds: type[Message]) -> AsyncIterator[Observer | None]:
+async def observing(
+    place: Place,
+    subjects: Sequence[str],
+    *kinds: type[Message],
+    tell: Callable[[float, Message], None] | None = None,
+) -> AsyncIterator[Observer | None]:
     """None: the place of the bus is not known. Raises: StartupError."""
     if not place.nats_url:
         yield None
@@ -168,7 +178,7 @@ async def observing(place: Place, subjects: Sequence[str], *kinds: type[Message]
     except BusError as error:
         raise StartupError(f"{error} (--nats-url)") from error
     try:
-        observer = Observer(*kinds)
+        observer = Observer(*kinds, tell=tell)
         for subject in subjects:
             await bus.subscribe(subject, observer.hear)
         await bus.flush()

@@ -15,15 +15,13 @@ Without `--trace` the workload is a synthetic hour like Azure's. `--quick`: the 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from loadtest import report
+from loadtest import pages, report
 from loadtest.paper_report.comparison import compare_all, orders, summary_of
 from loadtest.paper_report.runs import Plan, Run, perform_all, plan
 from loadtest.paper_report.table import CONSOLE_COLUMNS, console_cells
@@ -34,7 +32,6 @@ from loadtest.paper_report.variants import (
     SWEEP_SHARES,
     SWEEP_VARIANTS,
     TRACE,
-    PaperError,
     share_of,
 )
 from loadtest.simulator.scenario import PRESETS
@@ -83,7 +80,7 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
     Raises: PecSchedError: bad input, before anything runs; a run that failed.
     """
     report.check_writable(flags.html, "--html")
-    _check_plots(flags.html)
+    pages.check_plots(flags.html)
     report.check_writable(flags.details, "--details")
     for load in flags.loads:
         if load != SWEEP:
@@ -203,20 +200,11 @@ def _capacity_lines(todo: Plan) -> list[str]:
     ]
 
 
-def _check_plots(path: str) -> None:
-    """Raises: PaperError if a report is asked for and nothing can draw its plots."""
-    if path and importlib.util.find_spec("matplotlib") is None:
-        raise PaperError(f"--html {path}: the plots need matplotlib: pip install 'pecsched[report]'")
-
-
 def _write(path: str, figures: Mapping[str, Any], sweep: Sweep, about: Mapping[str, Any]) -> None:
-    """Raises: PaperError."""
+    """Raises: ReportError."""
     from loadtest.paper_report.page import page  # its matplotlib is an extra, and slow to import
 
-    try:
-        Path(path).expanduser().write_text(page(figures, sweep, about), encoding="utf-8")
-    except OSError as error:
-        raise PaperError(f"--html {path}: {error.strerror}") from error
+    pages.write_html(path, page(figures, sweep, about))
 
 
 def _jobs(text: str) -> int:

@@ -6,6 +6,7 @@ flags: Mistral 7B on the paper's cluster, 4 nodes of 8 A100, under pecsched, and
 
     python -m loadtest sim --model yi-34b --trace conv.csv code.csv --first 600
     python -m loadtest sim --policy fifo --rate-scale 0.5 --csv requests.csv
+    python -m loadtest sim --first 600 --html report.html --json sim.json      (`loadtest compare` takes the JSON)
     python -m loadtest sim --scenario cluster.toml --perfetto run.json.gz     (open it at https://ui.perfetto.dev)
 
 A scenario file is TOML, `loadtest/simulator/scenario.py` shows one; a flag changes what it says. The longs are made
@@ -25,8 +26,9 @@ from typing import Any
 
 import msgspec
 
-from loadtest import report
-from loadtest.simulator import outputs
+from loadtest import pages, report
+from loadtest.run_report.outputs import write_files
+from loadtest.run_report.record import Recorded, figures_of, load_facts
 from loadtest.simulator.result import SimResult
 from loadtest.simulator.scenario import (
     POLICIES,
@@ -76,12 +78,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_workload_flags(arriving)
     arriving.add_argument("--seed", type=int, default=0, help="of all that is random [0]")
     written = parser.add_argument_group("output")
+    written.add_argument("--html", default="", metavar="FILE", help="the report, one file with its plots inside")
     written.add_argument("--csv", default="", metavar="FILE", help="a line per request")
     written.add_argument("--perfetto", default="", metavar="FILE", help="what every worker did; .gz: compressed")
 
 
 def run(flags: argparse.Namespace) -> dict[str, Any]:
     """The figures. Raises: PecSchedError: bad input, before anything runs; SimulationError."""
+    report.check_writable(flags.html, "--html")
+    pages.check_plots(flags.html)
     report.check_writable(flags.csv, "--csv")
     report.check_writable(flags.perfetto, "--perfetto")
     scenario = scenario_of(flags)
@@ -92,15 +97,16 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
         with bars.counting(f"simulating {len(workload.arrivals)} requests, %", PERCENT) as step:
             begun_s = time.perf_counter()
             ended = _percent(step)
-            result = simulate(scenario, workload, seed=flags.seed, record=bool(flags.perfetto), progress=ended)
+            record = bool(flags.perfetto or flags.html)
+            result = simulate(scenario, workload, seed=flags.seed, record=record, progress=ended)
             took_s = time.perf_counter() - begun_s
             ended(1, 1)
-        if flags.csv:
-            outputs.write_csv(flags.csv, result)
-        if flags.perfetto:
-            with bars.waiting(f"writing {flags.perfetto}"):
-                outputs.write_perfetto(flags.perfetto, result)
-    return _figures(scenario, workload, result, flags.seed, took_s)
+        recorded = recorded_of(scenario, workload, result, flags.seed)
+        if flags.html or flags.csv or flags.perfetto:
+            with bars.waiting("writing"):
+                write_files([recorded], html=flags.html, csv=flags.csv, perfetto=flags.perfetto)
+    runs = [msgspec.to_builtins(figures_of(recorded))]
+    return {"runs": runs} | _figures(scenario, workload, result, flags.seed, took_s)
 
 
 def scenario_of(flags: argparse.Namespace) -> Scenario:
@@ -115,17 +121,31 @@ def scenario_of(flags: argparse.Namespace) -> Scenario:
     return make_scenario(overlaid({"model": DEFAULT_MODEL}, changes))
 
 
+def recorded_of(scenario: Scenario, workload: Workload, result: SimResult, seed: int) -> Recorded:
+    """For the report that live runs have too."""
+    return Recorded(
+        label="simulated",
+        kind="simulated",
+        cluster=_in_a_line(scenario),
+        load=load_facts(workload, seed),
+        outcomes=result.outcomes,
+        spans=result.spans,
+    )
+
+
+def _in_a_line(scenario: Scenario) -> str:
+    cluster = f"{scenario.nodes} nodes of {scenario.gpus_per_node} {scenario.gpu}, tp {scenario.tp}"
+    prefill = scenario.prefill_replicas
+    policy = ", ".join((scenario.policy, *(f"no {s.replace('_', ' ')}" for s in SWITCHES if not getattr(scenario, s))))
+    decode = scenario.replicas - prefill
+    return f"{scenario.model} on {cluster}: {prefill} replicas prefill, {decode} decode; policy {policy}"
+
+
 def show(figures: Mapping[str, Any]) -> None:
     """The table."""
-    scenario, workload, found = figures["scenario"], figures["workload"], figures["figures"]
-    cluster = f"{scenario['nodes']} nodes of {scenario['gpus_per_node']} {scenario['gpu']}, tp {scenario['tp']}"
-    without = [f"no {switch.replace('_', ' ')}" for switch in SWITCHES if not scenario[switch]]
-    replicas = f"{figures['replicas']['prefill']} replicas prefill, {figures['replicas']['decode']} decode"
-    title = f"{scenario['model']} on {cluster}: {replicas}"
-    policy = ", ".join((scenario["policy"], *without))
-    report.table(
-        f"{title}\n{policy}; {workload['name']}", ("", "shorts", "longs"), _rows(found, workload), _notes(figures)
-    )
+    workload, found = figures["workload"], figures["figures"]
+    title = figures["runs"][0]["cluster"]
+    report.table(f"{title}; {workload['name']}", ("", "shorts", "longs"), _rows(found, workload), _notes(figures))
 
 
 def _rows(found: Mapping[str, Any], workload: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -9,7 +9,7 @@ so each token comes as an event of its own, also one whose bytes are half a char
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -64,16 +64,25 @@ class Schedule:
 
 
 def make_ask(rng: random.Random, kind: LengthClass, tokens: int, output_tokens: int = OUTPUT_TOKENS) -> Ask:
-    """A random prompt of `tokens` tokens."""
-    body = {
-        "prompt": [rng.randrange(FIRST_ID, VOCAB) for _ in range(tokens)],
-        "max_tokens": output_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "logprobs": 0,
-    }
-    return Ask(kind, tokens, output_tokens, msgspec.json.encode(body))
+    """A random prompt of `tokens` tokens, to be sent over HTTP."""
+    prompt = [rng.randrange(FIRST_ID, VOCAB) for _ in range(tokens)]
+    return Ask(kind, tokens, output_tokens, http_body(prompt, output_tokens))
+
+
+def http_body(prompt: Sequence[int], output_tokens: int) -> bytes:
+    """For `/v1/completions`."""
+    return msgspec.json.encode(
+        {"prompt": prompt, "max_tokens": output_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+        | {"logprobs": 0}
+    )
+
+
+def nats_body(prompt: Sequence[int], output_tokens: int, request_id: str) -> bytes:
+    """For `pecsched.v1.generate`, whose messages tell token ids anyway."""
+    return msgspec.json.encode(
+        {"prompt_token_ids": prompt, "max_tokens": output_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+        | {"request_id": request_id}
+    )
 
 
 def poisson_times(rate: float, rng: random.Random) -> Iterator[float]:

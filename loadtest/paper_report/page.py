@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
+from loadtest.pages import render
 from loadtest.paper_report import plots
 from loadtest.paper_report.comparison import Compared, compare_all, orders, show, show_paper, summary_of
 from loadtest.paper_report.reasons import GENERAL
@@ -23,9 +22,9 @@ def page(figures: Figures, sweep: Mapping[str, Mapping[str, Sequence[Any]]], abo
     """HTML. `sweep`: model → policy → figures per share of capacity. `about`: see `loadtest.paper`."""
     compared = compare_all(figures)
     checks = check_all(figures)
-    source = resources.files("loadtest.paper_report").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(source).render(
+    return render(
+        "loadtest.paper_report",
+        TEMPLATE,
         about=about,
         general=GENERAL,
         checks=checks,

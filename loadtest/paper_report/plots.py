@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loadtest.paper_report.comparison import Compared, show
 from loadtest.paper_report.targets import Policies, value
 from loadtest.paper_report.variants import SWEEP_VARIANTS, VARIANTS
+from loadtest.plotting import TITLE_Y, WIDTH, panels_of, svg
 
-WIDTH = 11.0
-"""Inches."""
-TITLE_Y = 1.0
-"""Said, because to find a place for a title by itself takes a third of the time of drawing."""
 PAPER_COLOUR = "#444444"
 LOAD_COLOURS = ("#4c78a8", "#f58518", "#e45756", "#72b7b2", "#54a24b", "#b279a2")
 """One per load; more loads than that use them again."""
@@ -47,7 +42,7 @@ def delays(loads: Mapping[str, Policies]) -> str:
     """Short queueing delay per policy, a panel per load: line p1 to p99, box p25 to p75, tick at the median."""
     figure = Figure(figsize=(WIDTH, 3.8))
     figure.subplots_adjust(left=0.07, right=0.99, top=0.92, bottom=0.28, wspace=0.06)
-    panels = _panels(figure, 1, len(loads), sharey=True)
+    panels = panels_of(figure, 1, len(loads), sharey=True)
     for panel, (load, policies) in zip(panels, loads.items(), strict=True):
         for place, policy in enumerate(policies):
             _range_bar(panel, place, policies[policy]["short_delay_s"])
@@ -55,14 +50,14 @@ def delays(loads: Mapping[str, Policies]) -> str:
         panel.set_title(load, y=TITLE_Y)
         _name_policies(panel, list(policies))
     panels[0].set_ylabel("queueing delay of shorts, s")
-    return _svg(figure, "delays")
+    return svg(figure, "delays")
 
 
 def bars(loads: Mapping[str, Policies]) -> str:
     """Every figure by policy, a bar per load."""
     figure = Figure(figsize=(WIDTH, 11.0))
     figure.subplots_adjust(left=0.07, right=0.99, top=0.97, bottom=0.09, wspace=0.16, hspace=0.62)
-    panels = _panels(figure, 4, 2)
+    panels = panels_of(figure, 4, 2)
     policies = list(dict.fromkeys(policy for found in loads.values() for policy in found))
     for panel, (title, read, logarithmic) in zip(panels, BARS, strict=True):
         _grouped(panel, policies, {load: [read(found, policy) for policy in policies] for load, found in loads.items()})
@@ -71,14 +66,14 @@ def bars(loads: Mapping[str, Policies]) -> str:
             panel.set_yscale("log")
         _name_policies(panel, policies)
     panels[0].legend(fontsize=8, title="load", title_fontsize=8)
-    return _svg(figure, "bars")
+    return svg(figure, "bars")
 
 
 def sweep(shares: Sequence[float], found: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> str:
     """p99 and median short delay, and mean long JCT, over the load. `found`: policy → figures per share."""
     figure = Figure(figsize=(WIDTH, 3.4))
     figure.subplots_adjust(left=0.06, right=0.99, top=0.91, bottom=0.15, wspace=0.2)
-    panels = _panels(figure, 1, 3)
+    panels = panels_of(figure, 1, 3)
     readers = (
         ("p99 short delay, s", ("short_delay_s", "p99")),
         ("median short delay, s", ("short_delay_s", "p50")),
@@ -96,7 +91,7 @@ def sweep(shares: Sequence[float], found: Mapping[str, Sequence[Mapping[str, Any
         panel.set_yscale("log")
         panel.set_xlabel("load, % of short capacity")
     panels[0].legend(fontsize=8)
-    return _svg(figure, "sweep")
+    return svg(figure, "sweep")
 
 
 def beside_paper(title: str, compared: Sequence[Compared]) -> str:
@@ -127,12 +122,7 @@ def beside_paper(title: str, compared: Sequence[Compared]) -> str:
     panel.tick_params(axis="y", labelsize=7)
     panel.minorticks_off()
     panel.legend(fontsize=7)
-    return _svg(figure, title)
-
-
-def _panels(figure: Figure, rows: int, columns: int, *, sharey: bool = False) -> list[Axes]:
-    made = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
-    return [panel for row in made for panel in row]
+    return svg(figure, title)
 
 
 def _range_bar(panel: Axes, place: int, delay: Mapping[str, float | None]) -> None:
@@ -180,12 +170,3 @@ def _dig(figures: Mapping[str, Any] | None, keys: Sequence[str]) -> float | None
     for key in keys:
         found = None if found is None else found[key]
     return None if found is None else float(found)
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """Without XML's head. Letters stay letters: small, and they can be searched."""
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

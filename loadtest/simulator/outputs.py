@@ -1,4 +1,4 @@
-"""What a simulation leaves in files: a CSV with a line per request, and a trace for https://ui.perfetto.dev.
+"""What a run leaves in files: a CSV with a line per request, and a trace for https://ui.perfetto.dev.
 
 The trace is Chrome's JSON (`traceEvents`), which Perfetto and chrome://tracing open. Each worker is a process with
 rows for the longs it prefills (where a pause is a span of its own), the shorts it prefills, and what it decodes; spans
@@ -14,12 +14,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from io import BufferedIOBase
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from loadtest.report import ReportError
-from loadtest.simulator.result import Outcome, SimResult, Span
+from loadtest.simulator.result import Outcome, Span
 
 COLUMNS = (
     "request_id",
@@ -49,7 +49,17 @@ CLUSTER_PID = 0
 Event = dict[str, Any]
 
 
-def write_csv(path: str | Path, result: SimResult) -> None:
+class Ran(Protocol):
+    """What a run leaves behind, a simulated one or a live one."""
+
+    @property
+    def outcomes(self) -> Sequence[Outcome]: ...
+
+    @property
+    def spans(self) -> Sequence[Span]: ...
+
+
+def write_csv(path: str | Path, result: Ran) -> None:
     """A line per request, in order of arrival. Raises: ReportError."""
     try:
         with Path(path).expanduser().open("w", encoding="utf-8", newline="") as file:
@@ -60,7 +70,7 @@ def write_csv(path: str | Path, result: SimResult) -> None:
         raise ReportError(f"{path}: {error.strerror}") from error
 
 
-def write_perfetto(path: str | Path, result: SimResult) -> None:
+def write_perfetto(path: str | Path, result: Ran) -> None:
     """The trace of a recorded run; gzipped if the name ends in `.gz`. Raises: ReportError."""
     target = Path(path).expanduser()
     try:
@@ -70,12 +80,12 @@ def write_perfetto(path: str | Path, result: SimResult) -> None:
         raise ReportError(f"{path}: {error.strerror}") from error
 
 
-def trace_events(result: SimResult) -> Iterator[Event]:
+def trace_events(result: Ran) -> Iterator[Event]:
     """The events of Chrome's trace format; times in microseconds."""
     yield _named(CLUSTER_PID, "cluster")
     yield from _waiting(result.outcomes)
     rows = _rows_by_worker(result.spans)
-    for pid, worker in enumerate(sorted(rows, key=_natural), start=CLUSTER_PID + 1):
+    for pid, worker in enumerate(sorted(rows, key=natural), start=CLUSTER_PID + 1):
         yield _named(pid, worker)
         yield {"ph": "M", "name": "process_sort_index", "pid": pid, "args": {"sort_index": pid}}
         tid = 0
@@ -199,6 +209,6 @@ def _counter(name: str, at_s: float, values: dict[str, int]) -> Event:
     return {"ph": "C", "name": name, "pid": CLUSTER_PID, "ts": at_s * MICROSECONDS, "args": values}
 
 
-def _natural(name: str) -> list[str | int]:
+def natural(name: str) -> list[str | int]:
     """Sorts worker-2 before worker-10."""
     return [int(part) if number % 2 else part for number, part in enumerate(re.split(r"(\d+)", name))]

@@ -187,6 +187,14 @@ def make_scenario(said: Mapping[str, Any]) -> Scenario:
     return scenario
 
 
+def workload_spec(said: Mapping[str, Any]) -> WorkloadSpec:
+    """Its defaults, changed by what is said. Raises: ScenarioError."""
+    try:
+        return msgspec.convert(said, WorkloadSpec)
+    except msgspec.ValidationError as error:
+        raise _in_words(error) from error
+
+
 def check_scenario(scenario: Scenario) -> None:
     """Whether such a cluster can be. Raises: ScenarioError."""
     if scenario.model not in MODELS:
