@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from common.units import Seconds
 
-WAITED_SHARE = 0.05
-"""Of a step's time, spent ready to run without a core: from here on the cores are shared. A worker by itself waits for
-the threads of NATS and the like, well below it."""
-HOLD_S = 1.0
+WAITED_SHARE = 0.3
+"""Of a step's time, spent ready to run without a core: from here on the cores are shared. Two threads that prefill
+longs on two cores make a step wait for more than half of its time; what runs in the background of an idle machine, for
+less than a tenth."""
+HOLD_S = 2.0
 """Having waited, for how long the cores count as shared. A step that begins after a rest often gets a core at once and
 makes somebody else wait."""
 
