@@ -14,7 +14,10 @@ export class Ask {
     this.watch = watch;
     this.name = null;
     this.ending = null;
-    at("ask").addEventListener("submit", (event) => { event.preventDefault(); this.send(); });
+    at("ask").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.send();
+    });
     at("stop").addEventListener("click", () => this.ending?.abort());
     at("unwatch").addEventListener("click", () => this.show(null));
     at("prompt").addEventListener("keydown", (event) => {
@@ -59,7 +62,8 @@ export class Ask {
   }
 
   async stream(name, content, signal) {
-    const body = { messages: [{ role: "user", content }], max_tokens: Number(this.at("tokens").value), temperature: 0, stream: true };
+    const messages = [{ role: "user", content }];
+    const body = { messages, max_tokens: Number(this.at("tokens").value), temperature: 0, stream: true };
     const answer = await fetch("/v1/chat/completions", {
       method: "POST",
       headers: { ...key.headers(), "Content-Type": "application/json", "X-Request-Id": name },
@@ -87,12 +91,14 @@ export class Ask {
     const said = JSON.stringify(steps);
     if (said === this.said) return;
     this.said = said;
-    this.at("way").replaceChildren(...steps.map(({ what, where, kind, took }) => {
-      const item = document.createElement("li");
-      item.dataset.kind = kind;
-      item.append(part("what", what), part("took", took), part("where", where));
-      return item;
-    }));
+    this.at("way").replaceChildren(
+      ...steps.map(({ what, where, kind, took }) => {
+        const item = document.createElement("li");
+        item.dataset.kind = kind;
+        item.append(part("what", what), part("took", took), part("where", where));
+        return item;
+      }),
+    );
     this.at("way").scrollTop = this.at("way").scrollHeight;
   }
 

@@ -4,6 +4,7 @@ import uPlot from "./uPlot.esm.js";
 import { clock, seconds } from "./words.js";
 
 const HEIGHT_PX = 170;
+const WHOLE_STEPS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000];
 
 export class Charts {
   constructor(model, ttft, queue) {
@@ -27,15 +28,23 @@ export class Charts {
     });
     this.queue = this.make("queue", {
       scales: { x: { range: span }, y: { range: (u, low, high) => [0, Math.max(4, (high ?? 0) * 1.1)] } },
-      axes: axes(colours, String, undefined, [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]),
-      series: series(colours, (v) => (v === null || v === undefined ? "–" : String(v)), uPlot.paths.stepped({ align: 1 })),
+      axes: axes(colours, String, undefined, WHOLE_STEPS),
+      series: series(
+        colours,
+        (v) => (v === null || v === undefined ? "–" : String(v)),
+        uPlot.paths.stepped({ align: 1 }),
+      ),
     });
     this.update();
   }
 
   make(name, options) {
     const cursor = { drag: { x: false, y: false }, sync: { key: "pecsched" } };
-    return new uPlot({ width: this.width(name), height: HEIGHT_PX, cursor, ...options }, [[], [], []], this.places[name]);
+    return new uPlot(
+      { width: this.width(name), height: HEIGHT_PX, cursor, ...options },
+      [[], [], []],
+      this.places[name],
+    );
   }
 
   width(name) {
@@ -57,14 +66,20 @@ export class Charts {
 }
 
 function series(colours, say, paths) {
-  const line = (label, stroke, dash) => ({ label, stroke, dash, width: 2, points: { show: false }, paths, value: (u, v) => say(v) });
+  const value = (u, v) => say(v);
+  const line = (label, stroke, dash) => ({ label, stroke, dash, paths, value, width: 2, points: { show: false } });
   return [{}, line("shorts", colours.short), line("longs", colours.long, [6, 4])];
 }
 
 function axes(colours, say, splits, incrs) {
-  const common = { stroke: colours.muted, grid: { stroke: colours.line, width: 1 }, ticks: { show: false }, font: "11px system-ui, sans-serif" };
+  const grid = { stroke: colours.line, width: 1 };
+  const common = { stroke: colours.muted, grid, ticks: { show: false }, font: "11px system-ui, sans-serif" };
   const time = (u, ticks) => ticks.map((v) => clock(v, 1));
-  return [{ ...common, space: 100, size: 30, values: time }, { ...common, size: 58, splits, incrs, values: (u, ticks) => ticks.map(say) }];
+  const value = (u, ticks) => ticks.map((v) => say(v));
+  return [
+    { ...common, space: 100, size: 30, values: time },
+    { ...common, size: 58, splits, incrs, values: value },
+  ];
 }
 
 /** A minute at least, so that a young page does not look busy. */
@@ -75,7 +90,8 @@ function span(u, low, high) {
 
 function tens(u, axis, low, high) {
   const found = [];
-  for (let power = Math.round(Math.log10(low)); power <= Math.round(Math.log10(high)); power += 1) found.push(10 ** power);
+  const last = Math.round(Math.log10(high));
+  for (let power = Math.round(Math.log10(low)); power <= last; power += 1) found.push(10 ** power);
   return found;
 }
 

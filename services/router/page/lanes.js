@@ -8,6 +8,7 @@ const AXIS_PX = 20;
 const COMET_S = 0.8; // how long a handoff shows where it went
 const STEPS_S = [0.5, 1, 2, 5, 10, 20, 30];
 const SHORT_MIN_PX = 1.5;
+const COLOURS = ["card", "ink", "muted", "line", "stripe", "short", "long", "decode", "handoff", "waiting", "focus"];
 const DIMMED = 0.35; // what is not the request that stands out
 
 export class Lanes {
@@ -19,6 +20,7 @@ export class Lanes {
     this.still = still; // a media query: motion in whole seconds only
     this.spanS = 30;
     this.heldAt = null; // router's seconds at the right edge while time is held
+    this.edge = 0; // what the right edge showed when it was drawn last
     this.chosen = null; // lane index, by keyboard
     this.hovered = null; // segment
     this.watched = null; // request id
@@ -32,13 +34,15 @@ export class Lanes {
 
   // --- time ---
 
+  /** Router's seconds at the right edge by now. */
   get right() {
     const now = this.heldAt ?? this.model.now();
     return this.still.matches && this.heldAt === null ? Math.floor(now) : now;
   }
 
   hold(isHeld) {
-    this.heldAt = isHeld ? this.right : null;
+    this.heldAt = isHeld ? this.edge : null;
+    if (!isHeld) this.hovered = null;
   }
 
   move(share) {
@@ -52,11 +56,11 @@ export class Lanes {
   }
 
   x(at) {
-    return this.width - (this.right - at) * (this.width / this.spanS);
+    return this.width - (this.edge - at) * (this.width / this.spanS);
   }
 
   at(x) {
-    return this.right - (this.width - x) * (this.spanS / this.width);
+    return this.edge - (this.width - x) * (this.spanS / this.width);
   }
 
   // --- where a lane is ---
@@ -71,7 +75,8 @@ export class Lanes {
     let y = AXIS_PX;
     this.rows = order.map((lane, i) => {
       const previous = order[i - 1];
-      if (previous && (previous.role !== lane.role || previous.node !== lane.node)) y += previous.role !== lane.role ? 10 : 5;
+      if (previous && previous.role !== lane.role) y += 10;
+      else if (previous && previous.node !== lane.node) y += 5;
       const height = lane.role === "decode" ? Math.min(44, 2 * unit) : unit;
       const row = { lane, y, height };
       y += height;
@@ -91,23 +96,26 @@ export class Lanes {
 
   name() {
     this.labels.style.height = `${this.height}px`;
-    this.labels.replaceChildren(...this.rows.map(({ lane, y, height }, i) => {
-      const item = document.createElement("li");
-      item.textContent = lane.name;
-      item.title = `${lane.name} (${lane.role}, ${lane.node})`;
-      item.style.top = `${y}px`;
-      item.style.lineHeight = item.style.height = `${height}px`;
-      item.style.fontSize = `${Math.min(12, Math.max(9, (lane.role === "decode" ? height / 2 : height) - 1.5))}px`;
-      item.classList.toggle("gone", !lane.here);
-      item.classList.toggle("chosen", i === this.chosen);
-      return item;
-    }));
+    this.labels.replaceChildren(
+      ...this.rows.map(({ lane, y, height }, i) => {
+        const item = document.createElement("li");
+        item.textContent = lane.name;
+        item.title = `${lane.name} (${lane.role}, ${lane.node})`;
+        item.style.top = `${y}px`;
+        item.style.lineHeight = item.style.height = `${height}px`;
+        item.style.fontSize = `${Math.min(12, Math.max(9, (lane.role === "decode" ? height / 2 : height) - 1.5))}px`;
+        item.classList.toggle("gone", !lane.here);
+        item.classList.toggle("chosen", i === this.chosen);
+        return item;
+      }),
+    );
   }
 
   /** The order of lanes, or who is here, is another than what was laid out. */
   get isStale() {
     const order = this.model.order;
-    return order.length !== this.rows.length || order.some((lane, i) => this.rows[i].lane !== lane || this.rows[i].here !== lane.here);
+    const isOther = (lane, i) => this.rows[i].lane !== lane || this.rows[i].here !== lane.here;
+    return order.length !== this.rows.length || order.some(isOther);
   }
 
   // --- colours ---
@@ -115,9 +123,7 @@ export class Lanes {
   dress() {
     const style = getComputedStyle(document.documentElement);
     const of = (name) => style.getPropertyValue(`--${name}`).trim();
-    this.colours = Object.fromEntries(
-      ["card", "ink", "muted", "line", "stripe", "short", "long", "decode", "handoff", "waiting", "focus"].map((name) => [name, of(name)]),
-    );
+    this.colours = Object.fromEntries(COLOURS.map((name) => [name, of(name)]));
     this.hatch = hatched(this.context, this.colours.long, this.colours.card);
     this.drawn = "";
   }
@@ -129,8 +135,9 @@ export class Lanes {
       this.layOut();
       for (const row of this.rows) row.here = row.lane.here;
     }
+    this.edge = this.right;
     const ratio = window.devicePixelRatio || 1;
-    const pixel = Math.round((this.right * this.width * ratio) / this.spanS);
+    const pixel = Math.round((this.edge * this.width * ratio) / this.spanS);
     const lit = this.lit();
     const state = `${pixel} ${this.model.version} ${this.spanS} ${lit} ${this.chosen} ${this.hovered?.id}`;
     if (state === this.drawn) return false;
@@ -164,7 +171,7 @@ export class Lanes {
     const handoffs = [];
     const decoders = [];
     const left = this.at(0);
-    const right = this.right;
+    const right = this.edge;
     for (const row of this.rows) {
       const batch = [];
       for (const segment of row.lane.segments.values()) {
@@ -184,7 +191,7 @@ export class Lanes {
     const heard = Math.max(0, this.x(0)); // left of it, nobody listened
     c.fillStyle = this.colours.stripe;
     for (const { y, height } of this.rows) c.fillRect(heard, y + 1, this.width - heard, height - 2);
-    const wallRight = this.model.wall(this.right);
+    const wallRight = this.model.wall(this.edge);
     c.strokeStyle = this.colours.line;
     c.fillStyle = this.colours.muted;
     c.lineWidth = 1;
@@ -209,7 +216,9 @@ export class Lanes {
       for (const segment of segments) if (isShown(segment)) c.fillRect(...part(this.box(segment)));
     };
     const whole = ([x, y, w, h]) => [x, y, w, h];
-    const foot = (share) => ([x, y, w, h]) => [x, y + h * (1 - share), w, h * share];
+    const foot =
+      (share) =>
+      ([x, y, w, h]) => [x, y + h * (1 - share), w, h * share];
     this.drawForming(bars.forming.filter(isShown));
     fill(bars.part, long, whole);
     this.drawPauses(bars.pause.filter(isShown));
@@ -249,8 +258,11 @@ export class Lanes {
     const c = this.context;
     const room = (lane.role === "decode" ? height - 4 : height * 0.3) / most;
     const bottom = y + height - 2;
-    const right = this.x(this.right);
-    const edges = spans.flatMap((s) => [[this.x(s.begin), 1], [s.end === null ? right : Math.min(right, this.x(s.end)), -1]]);
+    const right = this.width;
+    const edges = spans.flatMap((s) => [
+      [this.x(s.begin), 1],
+      [Math.min(right, s.end === null ? right : this.x(s.end)), -1],
+    ]);
     edges.sort((a, b) => a[0] - b[0]);
     c.globalAlpha = lit === null ? 1 : DIMMED;
     c.fillStyle = this.colours.decode;
@@ -278,7 +290,7 @@ export class Lanes {
       const [x, y, w, h] = this.box(segment);
       c.globalAlpha = lit === null || isLit ? 1 : DIMMED;
       c.fillRect(x, y, Math.max(1.5, w), h);
-      const age = this.right - (segment.end ?? this.right);
+      const age = this.edge - (segment.end ?? this.edge);
       const glow = isLit ? 0.9 : this.still.matches ? 0 : 0.4 * (1 - age / COMET_S);
       const to = this.byId.get(segment.detail);
       if (glow <= 0.02 || !to || age < 0) continue;
@@ -307,7 +319,7 @@ export class Lanes {
   box(segment) {
     const row = this.byId.get(segment.lane);
     const x = Math.max(-2, this.x(segment.begin));
-    const end = this.x(segment.end === null ? this.right : Math.min(this.right, segment.end));
+    const end = this.x(Math.min(this.edge, segment.end ?? this.edge));
     return [x, row.y + 1, Math.max(0.75, end - x), row.height - 2];
   }
 
@@ -321,7 +333,7 @@ export class Lanes {
     const at = this.at(px);
     let best = null;
     for (const segment of row.lane.segments.values()) {
-      if (segment.begin - slack > at || (segment.end ?? this.right) + slack < at) continue;
+      if (segment.begin - slack > at || (segment.end ?? this.edge) + slack < at) continue;
       if (best === null || length(segment) < length(best)) best = segment;
     }
     return best;
@@ -332,7 +344,8 @@ export class Lanes {
     const row = this.rows[this.chosen ?? 0];
     if (!row) return null;
     this.chosen ??= 0;
-    const inView = [...row.lane.segments.values()].filter((s) => (s.end ?? this.right) >= this.at(0) && s.begin <= this.right);
+    const isSeen = (s) => (s.end ?? this.edge) >= this.at(0) && s.begin <= this.edge;
+    const inView = [...row.lane.segments.values()].filter(isSeen);
     inView.sort((a, b) => a.begin - b.begin || a.id - b.id);
     const from = inView.indexOf(this.hovered);
     const to = from < 0 ? (direction > 0 ? 0 : inView.length - 1) : from + direction;
@@ -371,7 +384,11 @@ function hatched(context, line, ground) {
 }
 
 function mostAtOnce(spans) {
-  const edges = spans.flatMap((s) => [[s.begin, 1], [s.end ?? Infinity, -1]]).sort((a, b) => a[0] - b[0] || a[1] - b[1]);
+  const edges = spans.flatMap((s) => [
+    [s.begin, 1],
+    [s.end ?? Infinity, -1],
+  ]);
+  edges.sort((a, b) => a[0] - b[0] || a[1] - b[1]);
   let depth = 0;
   let most = 0;
   for (const [, by] of edges) most = Math.max(most, (depth += by));

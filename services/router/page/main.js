@@ -12,7 +12,9 @@ const model = new Model();
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 const lanes = new Lanes(model, at("canvas"), at("labels"), still);
 const charts = new Charts(model, at("ttft"), at("queue"));
-const ask = new Ask(model, at, (name) => { watchedName = name; });
+const ask = new Ask(model, at, (name) => {
+  watchedName = name;
+});
 let watchedName = null;
 let frames = 0;
 
@@ -57,7 +59,9 @@ function figures(summary) {
   const here = model.order.filter((lane) => lane.here);
   const prefill = here.filter((lane) => lane.role === "prefill").length;
   const known = summary.scheduler_answers;
-  const put = (id, text) => { if (at(id).textContent !== text) at(id).textContent = text; };
+  const put = (id, text) => {
+    if (at(id).textContent !== text) at(id).textContent = text;
+  };
   put("f-workers", `${prefill} + ${here.length - prefill}`);
   at("f-workers").title = `${plural(prefill, "prefill worker")}, ${plural(here.length - prefill, "decode worker")}`;
   put("f-running", known ? count(summary.requests_running) : "–");
@@ -71,34 +75,44 @@ function figures(summary) {
 }
 
 /** What is wrong, or missing, in words. */
-function notice() {
+function trouble() {
   const summary = model.summary;
-  let words = "";
-  if (link.state === "lost") words = `${link.words} What is drawn is what was heard last; the page tries again by itself.`;
-  else if (link.state === "live" && summary === null) words = "Listening.";
-  else if (link.state === "live" && !summary.scheduler_answers) words = "No scheduler answers. What runs goes on and is shown; new requests wait for a scheduler, a few seconds at most.";
-  else if (link.state === "live" && !model.order.some((lane) => lane.here)) words = "No workers are here yet. They appear as they start: pecsched prefill-worker, pecsched decode-worker.";
-  else if (link.state === "live" && !summary.coordinator_present) words = "No SP coordinator is here: long prompts wait for one.";
-  else if (link.state === "live" && summary.strangers.length) words = `Kept out: ${summary.strangers.map(([name, why]) => `${name} (${why})`).join("; ")}.`;
+  if (link.state === "lost") return `${link.words} What is drawn was heard before; the page tries again by itself.`;
+  if (link.state !== "live") return "";
+  if (summary === null) return "Listening.";
+  if (!summary.scheduler_answers)
+    return "No scheduler answers. What runs goes on and is shown; new requests wait for one, some seconds at most.";
+  if (!model.order.some((lane) => lane.here))
+    return "No workers are here yet. They appear as they start: pecsched prefill-worker, pecsched decode-worker.";
+  if (!summary.coordinator_present) return "No SP coordinator is here: long prompts wait for one.";
+  const strangers = summary.strangers.map(([name, why]) => `${name} (${why})`);
+  return strangers.length ? `Kept out: ${strangers.join("; ")}.` : "";
+}
+
+function notice() {
+  const words = trouble();
   at("notice").hidden = words === "";
   if (at("notice").textContent !== words) at("notice").textContent = words;
 }
 
 function table() {
   if (!at("table").open) return;
-  at("rows").replaceChildren(...model.order.map((lane) => {
-    const row = document.createElement("tr");
-    const cell = (text, name) => {
-      const made = document.createElement(name ?? "td");
-      made.textContent = text;
-      return made;
-    };
-    const head = cell(lane.name, "th");
-    head.scope = "row";
-    row.append(head, cell(lane.role), cell(lane.node), cell(doing(model, lane)), cell(`${count(lane.kv)} of ${count(lane.kvMax)}`), cell(count(lane.queued)));
-    for (const number of [4, 5]) row.children[number].className = "num";
-    return row;
-  }));
+  at("rows").replaceChildren(
+    ...model.order.map((lane) => {
+      const row = document.createElement("tr");
+      const cell = (text, name) => {
+        const made = document.createElement(name ?? "td");
+        made.textContent = text;
+        return made;
+      };
+      const head = cell(lane.name, "th");
+      head.scope = "row";
+      const kv = `${count(lane.kv)} of ${count(lane.kvMax)}`;
+      row.append(head, ...[lane.role, lane.node, doing(model, lane), kv, count(lane.queued)].map((text) => cell(text)));
+      for (const number of [4, 5]) row.children[number].className = "num";
+      return row;
+    }),
+  );
 }
 at("table").addEventListener("toggle", table);
 
@@ -121,6 +135,7 @@ window.addEventListener("resize", () => lanes.layOut());
 
 function follow(isHeld) {
   lanes.hold(isHeld);
+  if (!isHeld) at("tip").hidden = true;
   showTime();
 }
 
@@ -145,14 +160,20 @@ const KEYS = {
   "+": () => zoom(-1),
   "=": () => zoom(-1),
   "-": () => zoom(1),
-  ArrowLeft: () => { lanes.move(-0.25); showTime(); },
-  ArrowRight: () => { lanes.move(0.25); showTime(); },
+  ArrowLeft: () => {
+    lanes.move(-0.25);
+    showTime();
+  },
+  ArrowRight: () => {
+    lanes.move(0.25);
+    showTime();
+  },
   ArrowUp: () => chosen(lanes.choose(-1)),
   ArrowDown: () => chosen(lanes.choose(1)),
   ".": () => looked(lanes.step(1)),
   ",": () => looked(lanes.step(-1)),
   Enter: () => watchHovered(),
-  Escape: () => { lanes.hovered = null; lanes.chosen = null; lanes.name(); at("tip").hidden = true; ask.show(null); follow(false); },
+  Escape: () => letGo(),
 };
 
 at("lanes").addEventListener("keydown", (event) => {
@@ -169,6 +190,13 @@ document.addEventListener("keydown", (event) => {
     at("prompt").focus();
   }
 });
+
+function letGo() {
+  lanes.chosen = null;
+  lanes.name();
+  ask.show(null);
+  follow(false);
+}
 
 function chosen(lane) {
   at("tip").hidden = true;

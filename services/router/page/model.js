@@ -7,9 +7,10 @@ export const KEPT_S = 150;
 const LAG_S = 0.25;
 const HISTORY_MAX = 600;
 
-/** @typedef {{id: number, lane: number, kind: string, request: number, begin: number, end: number|null, detail: number}} Segment */
-/** @typedef {{id: number, name: string, role: string, node: string, here: boolean, kv: number, kvMax: number, queued: number,
- *             segments: Map<number, Segment>}} Lane */
+/** @typedef {{id: number, lane: number, kind: string, request: number, begin: number, end: number|null,
+ *             detail: number}} Segment */
+/** @typedef {{id: number, name: string, role: string, node: string, here: boolean, kv: number, kvMax: number,
+ *             queued: number, segments: Map<number, Segment>}} Lane */
 /** @typedef {{id: number, name: string, long: boolean, tokens: number, submitted: number|null}} Request */
 
 export class Model {
@@ -42,7 +43,9 @@ export class Model {
   apply(change, isWhole = false) {
     this.tune(change.now_s);
     if (change.summary !== null) this.summarize(change.summary, isWhole);
-    for (const [id, name, kind, tokens, submitted] of change.requests) this.learn({ id, name, long: kind === "long", tokens, submitted });
+    for (const [id, name, kind, tokens, submitted] of change.requests) {
+      this.learn({ id, name, long: kind === "long", tokens, submitted });
+    }
     for (const row of change.segments) this.place(row);
     this.version += 1;
     for (const listener of this.listeners) listener(change);

@@ -15,7 +15,11 @@ export const key = {
 export function connect(hear, tell) {
   let tries = 0;
   let wake = () => {};
-  const pause = (ms) => new Promise((done) => { wake = done; setTimeout(done, ms); });
+  const pause = (ms) =>
+    new Promise((done) => {
+      wake = done;
+      setTimeout(done, ms);
+    });
 
   async function once() {
     const ending = new AbortController();

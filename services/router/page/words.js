@@ -11,6 +11,8 @@ const NAMES = {
   long_decode: "long decodes",
 };
 
+const TOGETHER_S = 0.05;
+
 export const count = new Intl.NumberFormat("en").format;
 
 /** 0.0123 → "12 ms", 3.21 → "3.2 s"; null → "–". */
@@ -87,16 +89,20 @@ export function way(model, request) {
   const steps = [];
   const segments = model.segmentsOf(request.id).filter((segment) => segment.kind !== "waiting" || segment.end === null);
   const first = segments[0];
-  if (request.submitted !== null && first) steps.push({ what: "queued at the scheduler", where: "", kind: "queued", took: seconds(Math.max(0, first.begin - request.submitted)) });
+  if (request.submitted !== null && first) {
+    const took = seconds(Math.max(0, first.begin - request.submitted));
+    steps.push({ what: "queued at the scheduler", where: "", kind: "queued", took });
+  }
   for (const segment of segments) {
+    const { kind, begin } = segment;
     const where = model.lanes.get(segment.lane)?.name ?? "";
     const last = steps[steps.length - 1];
-    if (last && last.kind === segment.kind && last.begin !== undefined && Math.abs(last.begin - segment.begin) < 0.05 && last.kind !== "decode") {
-      if (!last.where.includes(where)) last.where += `, ${where}`;
+    if (last?.kind === kind && Math.abs(last.begin - begin) < TOGETHER_S && !last.where.includes(where)) {
+      last.where += `, ${where}`; // the ranks of a group
       continue;
     }
-    const to = segment.kind === "handoff" ? ` → ${model.lanes.get(segment.detail)?.name ?? ""}` : "";
-    steps.push({ what: NAMES[segment.kind], where: where + to, kind: segment.kind, took: lasting(model, segment), begin: segment.begin });
+    const to = kind === "handoff" ? ` → ${model.lanes.get(segment.detail)?.name ?? ""}` : "";
+    steps.push({ what: NAMES[kind], where: where + to, kind, took: lasting(model, segment), begin });
   }
   return steps;
 }
