@@ -71,6 +71,6 @@ async def tab(found: Any, url: str, **context: Any) -> AsyncIterator[Tab]:
         page = Tab(await made.new_page())
         await page.page.goto(url, wait_until="load", timeout=WAIT_MS)
         yield page
-        assert page.errors == []
+        assert not page.errors, page.errors
     finally:
         await made.close()

@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
-from tests.browser import browser, needs_chromium, tab
+from tests.browser import needs_chromium, tab
 from tests.e2e.served import Served, clients, serving
 
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.asyncio(loop_scope="module")]
 
 PAUSES = """() => {
   const { model } = window.pecsched;
@@ -47,8 +47,8 @@ async def load(served: Served) -> None:
         await asyncio.sleep(0.1)
 
 
-async def test_a_mixed_run_is_seen_as_it_happens(running):
-    async with clients(running) as served, browser() as chromium, tab(chromium, running.address("router")) as page:
+async def test_a_mixed_run_is_seen_as_it_happens(chromium, running):
+    async with clients(running) as served, tab(chromium, running.address("router")) as page:
         await page.until("() => window.pecsched.model.order.length === 3")
         assert await page.text("#about") == "smollm2-135m-instruct · policy pecsched"
         loading = asyncio.get_running_loop().create_task(load(served))
@@ -56,6 +56,8 @@ async def test_a_mixed_run_is_seen_as_it_happens(running):
         assert {pause["lane"] for pause in pauses} <= {"prefill-0", "prefill-1"}
         await loading
         assert {"part", "pause", "prefill", "handoff", "decode"} <= set(await page.ask(KINDS))
+        for _ in range(2):
+            await page.page.click("#zoom-in")
         await page.shot("mixed-run")
         await served.ended(served.asked, 60.0)
         await page.until("() => document.querySelector('#f-running').innerText === '0'")
@@ -65,8 +67,8 @@ async def test_a_mixed_run_is_seen_as_it_happens(running):
         assert int(await page.text("#f-pauses")) > 0
 
 
-async def test_a_prompt_from_the_box_is_followed_on_its_way(running):
-    async with browser() as chromium, tab(chromium, running.address("router"), color_scheme="dark") as page:
+async def test_a_prompt_from_the_box_is_followed_on_its_way(chromium, running):
+    async with tab(chromium, running.address("router"), color_scheme="dark") as page:
         await page.until("() => window.pecsched.model.order.length === 3")
         await page.page.fill("#prompt", "What is the capital of France?")
         await page.page.select_option("#tokens", "32")
@@ -87,8 +89,8 @@ async def test_a_prompt_from_the_box_is_followed_on_its_way(running):
         assert await page.text("#ask-error") == ""
 
 
-async def test_a_lost_router_is_said_and_found_again(running):
-    async with clients(running) as served, browser() as chromium, tab(chromium, running.address("router")) as page:
+async def test_a_lost_router_is_said_and_found_again(chromium, running):
+    async with clients(running) as served, tab(chromium, running.address("router")) as page:
         await page.until("() => window.pecsched.model.order.length === 3")
         assert served.kill("router")
         await page.until("() => document.querySelector('#link').dataset.state === 'lost'")

@@ -36,7 +36,6 @@ export class Ask {
     this.at("story-lines").textContent = "";
     this.at("way").replaceChildren();
     this.watch(name);
-    this.tell();
     this.update();
   }
 

@@ -4,6 +4,7 @@ import uPlot from "./uPlot.esm.js";
 import { clock, seconds } from "./words.js";
 
 const HEIGHT_PX = 170;
+const SPAN_MIN_S = 60;
 const WHOLE_STEPS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000];
 
 export class Charts {
@@ -22,12 +23,12 @@ export class Charts {
     const of = (name) => style.getPropertyValue(`--${name}`).trim();
     const colours = { short: of("short"), long: of("long"), muted: of("muted"), line: of("line") };
     this.ttft = this.make("ttft", {
-      scales: { x: { range: span }, y: { distr: 3, range: decades } },
+      scales: { y: { distr: 3, range: decades } },
       axes: axes(colours, seconds, tens),
       series: series(colours, seconds),
     });
     this.queue = this.make("queue", {
-      scales: { x: { range: span }, y: { range: (u, low, high) => [0, Math.max(4, (high ?? 0) * 1.1)] } },
+      scales: { y: { range: (u, low, high) => [0, Math.max(4, (high ?? 0) * 1.1)] } },
       axes: axes(colours, String, undefined, WHOLE_STEPS),
       series: series(
         colours,
@@ -59,7 +60,11 @@ export class Charts {
   update() {
     const history = this.model.history;
     const walls = history.map(([at]) => this.model.wall(at));
-    const column = (i) => history.map((row) => row[i]);
+    const last = walls.at(-1) ?? Date.now() / 1000;
+    // A minute at least, so that a young page does not look busy.
+    const before = last - (walls[0] ?? last) < SPAN_MIN_S ? [last - SPAN_MIN_S] : [];
+    walls.unshift(...before);
+    const column = (i) => [...before.map(() => null), ...history.map((row) => row[i])];
     this.ttft.setData([walls, column(3), column(4)]);
     this.queue.setData([walls, column(1), column(2)]);
   }
@@ -80,12 +85,6 @@ function axes(colours, say, splits, incrs) {
     { ...common, space: 100, size: 30, values: time },
     { ...common, size: 58, splits, incrs, values: value },
   ];
-}
-
-/** A minute at least, so that a young page does not look busy. */
-function span(u, low, high) {
-  const to = high ?? Date.now() / 1000;
-  return [Math.min(low ?? to, to - 60), to];
 }
 
 function tens(u, axis, low, high) {

@@ -220,7 +220,9 @@ function say(words) {
 
 function watchHovered() {
   const request = model.requests.get(lanes.hovered?.request);
-  if (request) ask.show(request.name);
+  if (!request) return;
+  ask.show(request.name);
+  ask.tell();
 }
 
 // --- pointer ---
