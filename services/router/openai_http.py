@@ -175,8 +175,8 @@ class Handlers:
         return json_response(msgspec.to_builtins(await self.door.cluster()))
 
     async def health(self, request: Request) -> Response:
-        """200 when a scheduler answers and both kinds of workers are there; else 503, with what is missing. 503 too when
-        this router is to stop, so that a proxy sends nothing more here."""
+        """200 when a scheduler answers and both kinds of workers are there; else 503, with what is missing. 503 too
+        when this router is to stop, so that a proxy sends nothing more here."""
         detail: dict[str, Any] = {"status": "ok", "model": self.door.text.facts.name, "missing": []}
         if self.door.leaving:
             return json_response(detail | {"status": "leaving"}, status=503)
