@@ -49,6 +49,7 @@ def announcement(
             "",
             *table(("ROLE", "PID", "ADDRESS", "LOG"), [(n, str(p), a, shlex.quote(str(log))) for n, p, a, log in rows]),
             "",
+            f"Watch it in a browser: {url}/",
             "Ask it over HTTP, or over NATS:",
             f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
             '  .venv/bin/pecsched ask --via nats "What is the capital of France?"',
