@@ -68,6 +68,24 @@ class _Event(msgspec.Struct):
 _decode_event = msgspec.json.Decoder(_Event).decode
 
 
+def take_event(answer: Answer, event: bytes, now_s: float) -> None:
+    """One server-sent event of a completion, without the empty line behind it. Raises: msgspec.MsgspecError."""
+    data = event.removeprefix(b"data: ")
+    if data == b"[DONE]":
+        answer.done = True
+        return
+    parsed = _decode_event(data)
+    if parsed.error is not None:
+        answer.error = str(parsed.error)[:ERROR_CHARS_MAX]
+    for choice in parsed.choices:
+        new = len(choice.logprobs.tokens) if choice.logprobs is not None else 0
+        if new:
+            answer.first_s = now_s if answer.first_s is None else answer.first_s
+            answer.last_s = now_s
+            answer.tokens += new
+        answer.finish_reason = choice.finish_reason or answer.finish_reason
+
+
 @dataclass(slots=True)
 class _Exchange:
     """One request on a connection, and what of its answer has arrived."""
@@ -84,23 +102,7 @@ class _Exchange:
             *events, rest = bytes(self.body).split(b"\n\n")
             self.body = bytearray(rest)
             for event in events:
-                self._on_event(event, now_s)
-
-    def _on_event(self, event: bytes, now_s: float) -> None:
-        data = event.removeprefix(b"data: ")
-        if data == b"[DONE]":
-            self.answer.done = True
-            return
-        parsed = _decode_event(data)
-        if parsed.error is not None:
-            self.answer.error = str(parsed.error)[:ERROR_CHARS_MAX]
-        for choice in parsed.choices:
-            new = len(choice.logprobs.tokens) if choice.logprobs is not None else 0
-            if new:
-                self.answer.first_s = now_s if self.answer.first_s is None else self.answer.first_s
-                self.answer.last_s = now_s
-                self.answer.tokens += new
-            self.answer.finish_reason = choice.finish_reason or self.answer.finish_reason
+                take_event(self.answer, event, now_s)
 
 
 class _Connection(asyncio.Protocol):
