@@ -1,5 +1,7 @@
 """Measures a PecSched cluster, or pieces of it, as a client meets them.
 
+`python -m loadtest run`       a trace, or arrivals like one, replayed on a live cluster in an open loop
+`python -m loadtest compare`   two such runs, or simulated ones, side by side
 `python -m loadtest mixed`     shorts alone, then shorts and longs under FIFO and under PecSched, same arrivals
 `python -m loadtest overhead`  what router, scheduler and NATS add to a short request on an idle cluster
 `python -m loadtest pause`     one prefill worker: from a short that is ready to the long that stands

@@ -81,10 +81,9 @@ class _Exchange:
 
 
 class NatsClient:
-    """Made by `connect`. `timeout_s` bounds a whole answer."""
+    """Made by `connect`, or `on` a bus. `timeout_s` bounds a whole answer."""
 
-    def __init__(self, url: str, bus: Bus, timeout_s: float) -> None:
-        self.url = url
+    def __init__(self, bus: Bus, timeout_s: float) -> None:
         self._bus = bus
         self._timeout_s = timeout_s
         self._inbox = bus.new_inbox()
@@ -95,10 +94,15 @@ class NatsClient:
     async def connect(cls, url: str, *, timeout_s: float) -> NatsClient:
         """Raises: ClientError."""
         try:
-            client = cls(url, await connect_nats(url, "pecsched-loadtest-client"), timeout_s)
-            await client._bus.subscribe(f"{client._inbox}.*", client._hear)
+            return await cls.on(await connect_nats(url, "pecsched-loadtest-client"), timeout_s=timeout_s)
         except BusError as error:
             raise ClientError(str(error)) from error
+
+    @classmethod
+    async def on(cls, bus: Bus, *, timeout_s: float) -> NatsClient:
+        """Takes the bus over. Raises: BusError."""
+        client = cls(bus, timeout_s)
+        await bus.subscribe(f"{client._inbox}.*", client._hear)
         return client
 
     async def complete(self, ask: Ask, request_id: str) -> Answer:

@@ -55,7 +55,8 @@ def latencies(runs: Sequence[Recorded]) -> str:
         panel.set_yticks([0.0, 0.25, 0.5, 0.75, 0.9, 1.0], ["0", ".25", ".5", ".75", ".9", "1"])
         panel.set_xlabel(title)
         _plain(panel)
-    figure.axes[0].legend(fontsize=8, frameon=False, loc="upper left")
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, fontsize=8, frameon=False, ncols=len(names), loc="upper right")
     return svg(figure, "latencies")
 
 
@@ -64,7 +65,7 @@ def over_time(run: Recorded) -> str:
     metric = "queueing_delay_s" if run.listened else "ttft_s"
     figure = Figure(figsize=(WIDTH, 4.0))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    figure.subplots_adjust(left=0.06, right=0.99, top=0.97, bottom=0.11, hspace=0.1)
+    figure.subplots_adjust(left=0.06, right=0.99, top=0.92, bottom=0.11, hspace=0.1)
     for long, colour, size, name in ((False, SHORT, 14, "shorts"), (True, LONG, 30, "longs")):
         points = [(o.arrived_s, value) for o in run.good(long=long) if (value := METRICS[metric](o)) is not None]
         if not points:
@@ -79,7 +80,7 @@ def over_time(run: Recorded) -> str:
     upper.set_yscale("log")
     _seconds(upper.yaxis)
     upper.set_ylabel("queueing delay, s" if run.listened else "TTFT, s")
-    upper.legend(fontsize=8, frameon=False, ncols=3, loc="upper left")
+    figure.legend(fontsize=8, frameon=False, ncols=3, loc="upper right")
     _arrivals(lower, run)
     for panel in (upper, lower):
         _plain(panel)
@@ -251,7 +252,7 @@ def _seconds(axis: Axis) -> None:
     low, high = sorted(axis.get_view_interval())
     few = math.log10(high / low) < DECADES_FEW
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1.0 else f"{value:.3g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
