@@ -19,6 +19,7 @@ from common.runtime.bus_nats import connect_nats
 from loadtest.client import ERROR_CHARS_MAX, Answer, ClientError
 from loadtest.workload import Ask
 
+CONNECT_S = 2.0
 DESCRIBED_S = 10.0
 SUBJECTS = {"/v1/models": subjects.MODELS, "/cluster": subjects.CLUSTER}
 """Of what the router tells over HTTP under this path."""
@@ -94,7 +95,9 @@ class NatsClient:
     async def connect(cls, url: str, *, timeout_s: float) -> NatsClient:
         """Raises: ClientError."""
         try:
-            return await cls.on(await connect_nats(url, "pecsched-loadtest-client"), timeout_s=timeout_s)
+            return await cls.on(
+                await connect_nats(url, "pecsched-loadtest-client", patience_s=CONNECT_S), timeout_s=timeout_s
+            )
         except BusError as error:
             raise ClientError(str(error)) from error
 

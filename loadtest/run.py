@@ -23,10 +23,8 @@ import argparse
 import asyncio
 import os
 import shlex
-import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,7 +143,7 @@ def options_of(flags: argparse.Namespace) -> RunOptions:
         raise MeasurementFailed("--serve is for a cluster started here: leave it out with --url or --nats-url")
     if not elsewhere and flags.threshold_tokens:
         raise MeasurementFailed(
-            "--threshold-tokens describes the cluster at --url; here: --serve '--threshold-tokens N'"
+            "--threshold-tokens tells of the cluster at --url; here: --serve '--threshold-tokens N'"
         )
     for via, flag in (("http", "--url"), ("nats", "--nats-url")):
         if elsewhere and via in vias and not getattr(flags, flag[2:].replace("-", "_")):
@@ -179,7 +177,11 @@ async def _run(options: RunOptions, bars: report.Bars) -> list[Recorded]:
         if not wanted.arrivals:
             raise WorkloadError(f"{wanted.name}: no requests")
     runs = []
-    async with _cluster(options, bars) as place:
+    async with AsyncExitStack() as stack:
+        place = Place(options.url, options.nats_url, here=False)
+        if options.starts:
+            with bars.waiting("starting a cluster"):
+                place = await stack.enter_async_context(served(options.serve_flags, bars.say))
         cluster, room = await _described(options, place)
         workload, facts = fit(wanted, options.spec, set(options.said), room, options.scales, options.seed)
         target = Target(
@@ -198,28 +200,19 @@ async def _run(options: RunOptions, bars: report.Bars) -> list[Recorded]:
     return runs
 
 
-@asynccontextmanager
-async def _cluster(options: RunOptions, bars: report.Bars) -> AsyncIterator[Place]:
-    if not options.starts:
-        yield Place(options.url, options.nats_url, here=False)
-        return
-    with bars.waiting("starting a cluster"):
-        starting = served(options.serve_flags, bars.say)
-        place = await starting.__aenter__()
-    try:
-        yield place
-    finally:
-        await starting.__aexit__(*sys.exc_info())
-
-
 async def _described(options: RunOptions, place: Place) -> tuple[str, Room]:
-    """The cluster in a line, and what it takes. Raises: ClientError; MeasurementFailed, if it has no workers."""
+    """The cluster in a line, and what it takes. Raises: ClientError; MeasurementFailed: it has no workers, or is no
+    cluster."""
     via = options.vias[0]
     url = place.url if via == "http" else place.nats_url
-    async with connected(via, url, timeout_s=DESCRIBED_S, api_key=options.api_key) as door:
-        (card,) = (await door.get("/v1/models"))["data"]
-        view = await view_of(door)
-    return _in_a_line(card["id"], view), room_of(card["max_model_len"], view, options.threshold_tokens)
+    try:
+        async with connected(via, url, timeout_s=DESCRIBED_S, api_key=options.api_key) as door:
+            card = (await door.get("/v1/models"))["data"][0]
+            name, context_tokens = str(card["id"]), int(card["max_model_len"])
+            view = await view_of(door)
+    except (msgspec.MsgspecError, LookupError, TypeError, ValueError) as error:
+        raise MeasurementFailed(f"{url} answers, but not as a PecSched router: {error}") from error
+    return _in_a_line(name, view), room_of(context_tokens, view, options.threshold_tokens)
 
 
 def room_of(context_tokens: int, view: ClusterView, threshold_tokens: int) -> Room:

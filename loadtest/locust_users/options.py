@@ -41,11 +41,12 @@ class Options:
 
 
 def add_arguments(parser: Any) -> None:
-    """To locust's parser, which takes a variable's name with each."""
+    """To locust's parser, which takes a variable's name with each. They count when locust starts: its web page, where
+    they could be changed later, does not show them."""
 
     def add(flag: str, default: Any, read: Any, about: str, *, env: str = "", **more: Any) -> None:
         name = env or f"LOCUST_{flag.strip('-').replace('-', '_').upper()}"
-        parser.add_argument(flag, default=default, type=read, help=about, env_var=name, **more)
+        parser.add_argument(flag, default=default, type=read, help=about, env_var=name, include_in_web_ui=False, **more)
 
     add("--nats-url", "", str, "of the NATS user [that of a `pecsched serve` here]", env="PECSCHED_NATS_URL")
     add("--api-key", "", str, "bearer token, where the router asks for one", env="PECSCHED_API_KEY", is_secret=True)
@@ -65,11 +66,7 @@ def add_arguments(parser: Any) -> None:
 
 
 def options_of(said: argparse.Namespace) -> Options:
-    """As locust parsed them. Values out of the environment or the web page are text still."""
-    ranges = {
-        name: token_range(value) if isinstance(value := getattr(said, name), str) else value
-        for name in ("short_tokens", "long_tokens")
-    }
+    """As locust parsed them."""
     return Options(
         nats_url=said.nats_url,
         api_key=said.api_key,
@@ -77,8 +74,8 @@ def options_of(said: argparse.Namespace) -> Options:
         nats_weight=said.nats_weight,
         short_weight=said.short_weight,
         long_weight=said.long_weight,
-        short_tokens=ranges["short_tokens"] or SHORT_TOKENS,
-        long_tokens=ranges["long_tokens"],
+        short_tokens=said.short_tokens,
+        long_tokens=said.long_tokens,
         output_tokens=said.output_tokens,
         user_rps=said.user_rps,
         answer_s=said.answer_s,

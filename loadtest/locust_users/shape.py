@@ -37,6 +37,8 @@ class TraceShape(LoadTestShape):
 
     def users_at(self, now_s: float) -> int:
         """One at least: a trace's pauses are shorter than what it takes to start a user again."""
-        low_s, high_s = max(0.0, now_s - WINDOW_S / 2), now_s + WINDOW_S / 2
+        low_s, high_s = max(0.0, now_s - WINDOW_S / 2), min(now_s + WINDOW_S / 2, self._times_s[-1])
+        if high_s <= low_s:
+            return 1
         arrived = bisect.bisect_left(self._times_s, high_s) - bisect.bisect_left(self._times_s, low_s)
         return max(1, math.ceil(arrived / (high_s - low_s) / self._user_rps))
