@@ -203,6 +203,9 @@ class PrefillWorkerSettings(WorkerSettings, frozen=True, kw_only=True):
 class DecodeWorkerSettings(WorkerSettings, frozen=True, kw_only=True):
     rows_max: Annotated[Count, Meta(description="sequences in one decode batch")] = 32
     expect_s: Annotated[Duration, Meta(description="how long KV stays reserved for a prompt that does not come")] = 30.0
+    token_gather_ms: Annotated[
+        Wait, Meta(description="tokens of steps that follow each other faster than this share a message to a router")
+    ] = 5.0
     decode_nice: Annotated[
         int, Meta(ge=0, le=19, description="niceness of the thread that decodes (CPU): prompts come first")
     ] = 16

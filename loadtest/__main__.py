@@ -15,6 +15,7 @@ from common import logs
 from common.errors import PecSchedError
 from loadtest import (
     compare,
+    control,
     engine,
     fidelity,
     fit_costs,
@@ -224,6 +225,9 @@ BENCHMARKS = {
         _overhead_flags,
         _overhead,
         overhead.show,
+    ),
+    "control": Benchmark(
+        "what routers, scheduler and bus can do", control.__doc__, control.add_flags, control.run_flags, control.show
     ),
     "pause": Benchmark(
         "pause latency of a prefill worker, or of a group", pause.__doc__, _pause_flags, _pause, pause.show

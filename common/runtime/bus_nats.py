@@ -90,8 +90,11 @@ class NatsBus:
     ) -> None:
         """See `Bus`."""
         check_size(subject, data, headers, self.max_payload)
-        async with _as_bus_errors(subject):
+        # Not `_as_bus_errors`: a context manager costs a third of what publishing does.
+        try:
             await self._client.publish(subject, data, reply=reply or "", headers=dict(headers) if headers else None)
+        except (nats_errors.Error, OSError) as error:
+            raise _bus_error(error, subject) from error
 
     async def subscribe(self, subject: str, handler: Handler, *, queue: str | None = None) -> Subscription:
         """See `Bus`. When it returns, the server knows of the subscription (unless disconnected: then it
@@ -260,11 +263,17 @@ def _reason(error: Exception) -> str:
 async def _as_bus_errors(subject: str) -> AsyncIterator[None]:
     try:
         yield
-    except nats_errors.NoRespondersError:
-        raise NoResponders(f"nobody serves {subject}") from None
-    except nats_errors.OutboundBufferLimitError as error:
-        raise BusError(f"disconnected, and the outgoing buffer is full; {subject} not sent") from error
-    except (nats_errors.TimeoutError, TimeoutError) as error:
-        raise BusTimeout(f"NATS did not answer in time ({subject})") from error
-    except (nats_errors.Error, OSError) as error:
-        raise BusError(f"{_reason(error)} ({subject})") from error
+    except (nats_errors.Error, OSError) as error:  # TimeoutError is an OSError
+        raise _bus_error(error, subject) from error
+
+
+def _bus_error(error: Exception, subject: str) -> BusError:
+    match error:
+        case nats_errors.NoRespondersError():
+            return NoResponders(f"nobody serves {subject}")
+        case nats_errors.OutboundBufferLimitError():
+            return BusError(f"disconnected, and the outgoing buffer is full; {subject} not sent")
+        case nats_errors.TimeoutError() | TimeoutError():
+            return BusTimeout(f"NATS did not answer in time ({subject})")
+        case _:
+            return BusError(f"{_reason(error)} ({subject})")

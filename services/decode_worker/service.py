@@ -6,6 +6,7 @@ a message, and the next step is under way before the tokens of the last one are 
 
 from __future__ import annotations
 
+import asyncio
 from typing import assert_never
 
 from common.logs import get_logger
@@ -40,6 +41,7 @@ from common.runtime.shell import JournalSink
 from common.runtime.store import Store
 from common.settings import DecodeWorkerSettings
 from common.units import RequestId, WorkerId
+from services.decode_worker.outbox import TokenOutbox
 from services.decode_worker.receiver import KvDoor
 from services.engine.data_plane import DataPlaneFactory
 from services.engine.interface import DecodeEngine, EngineError
@@ -82,6 +84,9 @@ class DecodeWorker:
         )
         self.incarnation = self._shell.incarnation
         self._door = KvDoor(self.core, engine, self._shell.tell)
+        self._outbox = TokenOutbox(settings.token_gather_ms / 1e3)
+        self._holding = False
+        """A task sends what the outbox holds."""
 
     def __repr__(self) -> str:
         return f"DecodeWorker({self.worker_id!r}, {self.core!r})"
@@ -104,7 +109,7 @@ class DecodeWorker:
         for command in commands:
             match command:
                 case TokensGenerated():
-                    await self._shell.publish(subjects.router(command.router_id), command)
+                    await self._send(command)
                 case DecodeFinished() | DecodeBusy() | DecodeFailed() | KvReleased():
                     await self._shell.publish(subjects.SCHEDULER, command)
                 case PlaceDecodeKv(location=location):
@@ -134,6 +139,22 @@ class DecodeWorker:
                 self._engine.release(request_id)
             case _:
                 assert_never(command)
+
+    async def _send(self, tokens: TokensGenerated) -> None:
+        ready = self._outbox.put(tokens, asyncio.get_running_loop().time())
+        if ready is not None:
+            await self._shell.publish(subjects.router(ready.router_id), ready)
+        elif not self._holding:
+            self._holding = True
+            self._shell.spawn(self._send_held(), name="held tokens")
+
+    async def _send_held(self) -> None:
+        loop = asyncio.get_running_loop()
+        while (due_s := self._outbox.next_deadline_s()) is not None:
+            await asyncio.sleep(max(0.0, due_s - loop.time()))
+            for tokens in self._outbox.take_due(loop.time()):
+                await self._shell.publish(subjects.router(tokens.router_id), tokens)
+        self._holding = False
 
     def _reserve(self, spec: RequestSpec) -> None:
         try:

@@ -100,12 +100,13 @@ class _Pass:
 
 
 class TimedPrefillEngine:
-    """A `PrefillEngine` whose steps take the time that `StepCost` names."""
+    """A `PrefillEngine` whose steps take the time that `StepCost` names. `tally`: for tests, fill `computed_tokens`."""
 
-    def __init__(self, shape: TimedShape) -> None:
+    def __init__(self, shape: TimedShape, *, tally: bool = True) -> None:
         self.shape = shape
         self.computed_tokens: Counter[tuple[RequestId, int]] = Counter()
-        """For tests: how often each (request, position) went through a whole pass."""
+        """How often each (request, position) went through a whole pass. It grows without end."""
+        self._tally = tally
         self.passes_started = 0
         self.stops = 0
         self._profile = shape.profile(rows_max=PASS_ROWS_MAX)
@@ -286,8 +287,8 @@ class TimedPrefillEngine:
             sequence = self._sequences[segment.request_id]
             sequence.computed = segment.start + segment.tokens
             sequence.state = _last_state(work.states[segment.request_id], sequence.state)
-            for position in self._own(segment):
-                self.computed_tokens[segment.request_id, position] += 1
+            if self._tally:
+                self.computed_tokens.update((segment.request_id, position) for position in self._own(segment))
             if segment.sample:
                 index = sequence.spec.generated_before + len(sequence.token_ids) - sequence.spec.prompt.tokens
                 drawn = sampled_token(sequence.spec, index, sequence.state, self.shape)
@@ -429,8 +430,10 @@ class TimedDecodeEngine:
         fails = self.steps_started == self.shape.fail_at_pass
         self.steps_started += 1
         self._in_step = frozenset(request_ids)
+        step_s = self._step_s(rows)
         try:
-            await sleep_until(now_s() + self._step_s(rows))
+            if step_s > 0.0:
+                await sleep_until(now_s() + step_s)
         finally:
             self._in_step = frozenset()
         if fails:
@@ -476,7 +479,8 @@ class TimedDecodeEngine:
 
 
 def make_timed_prefill_engine(settings: PrefillWorkerSettings) -> TimedPrefillEngine:
-    return TimedPrefillEngine(TimedShape(model_id=settings.model, kv_capacity_tokens=settings.kv_capacity_tokens))
+    shape = TimedShape(model_id=settings.model, kv_capacity_tokens=settings.kv_capacity_tokens)
+    return TimedPrefillEngine(shape, tally=False)
 
 
 def make_timed_decode_engine(settings: DecodeWorkerSettings) -> TimedDecodeEngine:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -30,7 +30,7 @@ from services.router.api_errors import ApiError
 from services.router.api_types import ChatRequest, CompletionRequest
 from services.router.door import Door, new_request_id
 from services.router.page_http import is_page_file, page_routes
-from services.router.tickets import Ticket
+from services.router.tickets import Piece, Ticket
 from services.router.validate import ModelFacts, Plan, check_request_id, parse, plan_chat, plan_completion
 
 T = TypeVar("T")
@@ -225,31 +225,41 @@ class Generation(Response):
             await self._door.close(ticket)
 
     async def _stream(self, ticket: Ticket, send: Send) -> None:
-        started = False
+        """All that is there goes out in one write, the end mark with the last tokens."""
+        started, opened = False, set[int]()
         try:
-            async for data in self._events(ticket):
+            async for pieces in ticket.batches():
+                data = self._events(pieces, opened)
+                if ticket.whole:
+                    data += self._end(ticket)
+                elif not data:
+                    continue
                 if not started:
                     await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
                     started = True
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+                await send({"type": "http.response.body", "body": data, "more_body": not ticket.whole})
         except ApiError as error:
             if not started:
                 raise
-            await send({"type": "http.response.body", "body": _event(error.body()), "more_body": True})
-        await send({"type": "http.response.body", "body": render.STREAM_END, "more_body": False})
+            data = _event(error.body()) + render.STREAM_END
+            await send({"type": "http.response.body", "body": data, "more_body": False})
 
-    async def _events(self, ticket: Ticket) -> AsyncIterator[bytes]:
-        opened: set[int] = set()
-        async for piece in ticket.pieces():
+    def _events(self, pieces: Sequence[Piece], opened: set[int]) -> bytes:
+        """`opened`: choices whose first part has been said."""
+        events: list[bytes] = []
+        for piece in pieces:
             if piece.choice not in opened:
                 opened.add(piece.choice)
                 first = self._shape.first(piece.choice)
                 if first is not None:
-                    yield _event(first)
+                    events.append(_event(first))
             if piece.text or piece.finish_reason or (self._plan.sampling.logprobs is not None):
-                yield _event(self._shape.part(piece))
-        if self._plan.include_usage:
-            yield _event(self._shape.usage(ticket.usage))
+                events.append(_event(self._shape.part(piece)))
+        return b"".join(events)
+
+    def _end(self, ticket: Ticket) -> bytes:
+        usage = _event(self._shape.usage(ticket.usage)) if self._plan.include_usage else b""
+        return usage + render.STREAM_END
 
 
 STREAM_HEADERS = [
@@ -279,17 +289,28 @@ async def read_body(request: Request, bytes_max: int) -> bytes:
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Do the work; cancel it when the client goes. Raises: ClientGone, and whatever the work raises."""
-    working = asyncio.ensure_future(work)
+    working = asyncio.current_task()
+    assert working is not None
+    gone = over = False
+
+    def left(watching: asyncio.Task[None]) -> None:
+        nonlocal gone
+        if not over and not watching.cancelled():
+            gone = True
+            working.cancel()
+
+    # Only the watcher is a task of its own: the work of most requests is done before a second one would have paid.
     watching = asyncio.ensure_future(_disconnected(receive))
+    watching.add_done_callback(left)
     try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGone
-        return working.result()
+        return await work
+    except asyncio.CancelledError:
+        if gone and working.uncancel() == 0:
+            raise ClientGone from None
+        raise
     finally:
+        over = True
         watching.cancel()
-        working.cancel()
-        await asyncio.wait((working, watching))
 
 
 def bounded(send: Send) -> Send:

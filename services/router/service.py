@@ -76,6 +76,8 @@ class Router:
         self._shut = False
         self._empty = asyncio.Event()
         self._timer_changed = asyncio.Event()
+        self._timer_due_s: float | None = None
+        """What the timers sleep until; None: for ever."""
         self._heartbeat = Heartbeat(settings.heartbeat_s, self._beat_and_watch)
         self._scheduler_seen_s = 0.0
         self.activity = ActivityFeed(bus, self.cluster, self.spawn, model=text.facts.name, pages_max=settings.pages_max)
@@ -182,7 +184,7 @@ class Router:
         except BaseException:
             await self.close(ticket)
             raise
-        self._timer_changed.set()
+        self._mind_timers()
         return ticket
 
     async def close(self, ticket: Ticket) -> None:
@@ -272,7 +274,7 @@ class Router:
             case RequestFailed():
                 await self._perform(self._desk.failed(event))
         if not isinstance(event, TokensGenerated):
-            self._timer_changed.set()
+            self._mind_timers()
 
     async def _cancel_for_another(self, delivery: Delivery) -> None:
         if delivery.reply and await self._cancel_here(delivery.data.decode(errors="replace")):
@@ -364,12 +366,18 @@ class Router:
 
     # --- time ------------------------------------------------------------------------------------
 
+    def _mind_timers(self) -> None:
+        """Something new may be due. Most of it is due later than what is waited for: then nobody is woken."""
+        due_s = self._desk.next_deadline_s()
+        if due_s is not None and (self._timer_due_s is None or due_s < self._timer_due_s):
+            self._timer_changed.set()
+
     async def _timers(self) -> None:
         while True:
             self._timer_changed.clear()
-            deadline_s = self._desk.next_deadline_s()
+            due_s = self._timer_due_s = self._desk.next_deadline_s()
             try:
-                wait_s = None if deadline_s is None else max(0.0, deadline_s - self._now_s())
+                wait_s = None if due_s is None else max(0.0, due_s - self._now_s())
                 async with asyncio.timeout(wait_s):
                     await self._timer_changed.wait()
             except TimeoutError:

@@ -33,6 +33,8 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete."""
+        if len(token_ids) > 1 and (text := self._all_at_once(token_ids)) is not None:
+            return text
         pieces: list[str] = []
         for token_id in token_ids:
             self._window.append(token_id)
@@ -44,6 +46,16 @@ class Detokenizer:
         text = self._decode(self._window) if self._window else ""
         delta = text[len(self._sent) :]
         self._window, self._settled, self._sent = [], 0, ""
+        return delta
+
+    def _all_at_once(self, token_ids: Sequence[int]) -> str | None:
+        """Several tokens for the price of one, if the text is whole at their end; None: they have to go one by one."""
+        text = self._decode([*self._window, *token_ids])
+        if text.endswith(REPLACEMENT) or text == self._sent or len(self._window) > self._settled:
+            return None
+        delta = text[len(self._sent) :]
+        self._window, self._settled = list(token_ids), len(token_ids)
+        self._sent = self._decode(self._window)
         return delta
 
     def _advance(self) -> str:

@@ -68,9 +68,18 @@ class Ticket:
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Every piece, until all choices have ended. Raises: ApiError, the end of the whole request."""
+        async for batch in self.batches():
+            for piece in batch:
+                yield piece
+
+    async def batches(self) -> AsyncIterator[list[Piece]]:
+        """All pieces that are there, each time there are any: one for each choice that gained something."""
         while True:
-            while self._pieces:
-                yield self._pieces.popleft()
+            if self._pieces:
+                batch = list(self._pieces)
+                self._pieces.clear()
+                yield batch if len(batch) == 1 else _merged(batch)
+                continue
             if self._error is not None:
                 raise self._error
             if self.ended:
@@ -81,6 +90,11 @@ class Ticket:
     @property
     def ended(self) -> bool:
         return self._error is not None or all(choice.ended for choice in self.choices)
+
+    @property
+    def whole(self) -> bool:
+        """Ended well, and nothing is left to take."""
+        return self._error is None and not self._pieces and all(choice.ended for choice in self.choices)
 
     @property
     def full(self) -> bool:
@@ -100,6 +114,23 @@ class Ticket:
         if not self.ended:
             self._error = error
             self._wake.set()
+
+
+def _merged(pieces: Sequence[Piece]) -> list[Piece]:
+    """One piece per choice, in the order in which they came first."""
+    found: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault(piece.choice, []).append(piece)
+    return [
+        Piece(
+            choice,
+            "".join(part.text for part in parts),
+            tuple(token_id for part in parts for token_id in part.token_ids),
+            tuple(logprob for part in parts for logprob in part.logprobs),
+            parts[-1].finish_reason,
+        )
+        for choice, parts in found.items()
+    ]
 
 
 def make_ticket(

@@ -65,6 +65,8 @@ Query = DescribeCluster | TellStory
 
 RECORD_TTL_S = 3_600.0
 """Of a request's record: nothing outlives its cluster for longer."""
+GATHER_S = 0.2
+"""How long records gather before they are written; a request that ends within it leaves no trace in the store."""
 WRITE_S = 0.5
 """How long one transaction may take."""
 STORE_REST_S = 2.0
@@ -94,21 +96,28 @@ class RequestRecords:
         self.errors = 0
         self._store = store
         self._unwritten: OrderedDict[RequestId, SaveRequest | ForgetRequest] = OrderedDict()
+        self._written: set[RequestId] = set()
+        """Requests of which the store may have a record."""
         self._behind = asyncio.Event()
 
     def note(self, command: SaveRequest | ForgetRequest) -> None:
         """To be written soon."""
         request_id = command.record.spec.request_id if isinstance(command, SaveRequest) else command.request_id
         self._unwritten.pop(request_id, None)
+        if isinstance(command, ForgetRequest) and request_id not in self._written:
+            return
         self._unwritten[request_id] = command
         if len(self._unwritten) > UNWRITTEN_MAX:
-            self._unwritten.popitem(last=False)
+            given_up_id, given_up = self._unwritten.popitem(last=False)
+            if isinstance(given_up, ForgetRequest):
+                self._written.discard(given_up_id)
         self._behind.set()
 
     async def keep_up(self) -> None:
         """Until cancelled: write what is noted, one transaction after another."""
         while True:
             await self._behind.wait()
+            await asyncio.sleep(GATHER_S)
             if not await self.write():
                 await asyncio.sleep(STORE_REST_S)
 
@@ -116,6 +125,7 @@ class RequestRecords:
         """All that is noted, in one transaction of at most `WRITE_S`. False: the store did not take it."""
         batch = dict(self._unwritten)
         if batch:
+            self._written.update(batch)
             try:
                 async with asyncio.timeout(WRITE_S):
                     await self._store.commit([_write_of(request_id, last) for request_id, last in batch.items()])
@@ -127,6 +137,8 @@ class RequestRecords:
         for request_id, written in batch.items():
             if self._unwritten.get(request_id) is written:  # else a newer one came meanwhile
                 del self._unwritten[request_id]
+                if isinstance(written, ForgetRequest):
+                    self._written.discard(request_id)
         if not self._unwritten:
             self._behind.clear()
         return True

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 from common.runtime.store_memory import MemoryStore
 from common.runtime.virtual_time import virtual
-from common.runtime.write_behind import WRITES_PER_COMMIT_MAX, WriteBehind
+from common.runtime.write_behind import GATHER_S, WRITES_PER_COMMIT_MAX, WriteBehind
 
 TTL_S = 3.0
 
@@ -99,3 +99,29 @@ async def test_close_takes_everything_back_as_far_as_the_store_answers():
     store.down = False
     await kept.close()
     assert await store.scan("") == {}
+
+
+@virtual
+async def test_what_is_taken_back_at_once_never_reaches_the_store():
+    store = MemoryStore()
+    commits, commit = [], store.commit
+
+    async def counting(writes):
+        commits.append(len(writes))
+        await commit(writes)
+
+    store.commit = counting
+    async with behind(store) as kept:
+        for number in range(100):
+            kept.put(f"short-{number}", b"1")
+            kept.put(f"short-{number}", b"2")
+            kept.delete(f"short-{number}")
+        await asyncio.sleep(2 * GATHER_S)
+        assert sum(commits) == 0
+        kept.put("long", b"1")
+        await asyncio.sleep(2 * GATHER_S)
+        kept.delete("long")
+        await asyncio.sleep(2 * GATHER_S)
+        assert commits == [1, 1]
+        assert await store.scan("") == {}
+        assert not kept._said

@@ -17,6 +17,7 @@ from common.runtime.bus_memory import MemoryBroker, MemoryBus
 from common.runtime.store_memory import MemoryStore
 from common.runtime.virtual_time import virtual
 from common.runtime.wire import decode_record
+from common.runtime.write_behind import GATHER_S
 from common.settings import DecodeWorkerSettings
 from services.decode_worker.main import load_engine, serve
 from services.decode_worker.service import DecodeWorker
@@ -37,22 +38,25 @@ async def serve_one(world: DecodeWorld, request_id: str, **more: object) -> None
 @virtual
 async def test_a_request_from_its_order_to_its_release() -> None:
     async with decode_world() as world:
-        spec = spec_of("a")
+        spec = spec_of("a", max_tokens=80)
         await world.expect(spec)
         await world.hand_over(spec)
-        await world.until(lambda: bool(world.messages))
+        await asyncio.sleep(2 * GATHER_S)
+        assert world.messages
+        assert not world.released("a")
         record = await world.store.get(keys.kv("a", WORKER))
         assert record is not None
         place = decode_record(record, KvLocation)
-        assert (place.state, place.tokens, place.layers, place.reserved_tokens) == ("decoding", 20, 4, 25)
+        assert (place.state, place.tokens, place.layers, place.reserved_tokens) == ("decoding", 20, 4, 100)
         await world.until(lambda: world.released("a"))
         assert world.tokens("a") == wanted_tokens(spec)
         assert [type(message) for message in world.said] == [DecodeFinished]
         (finished,) = world.said
         assert 0.0 < finished.first_layer_received_s <= finished.last_layer_received_s
-        assert (finished.finish_reason, finished.generated, finished.kv_tokens) == ("length", 5, 25)
+        assert (finished.finish_reason, finished.generated, finished.kv_tokens) == ("length", 80, 100)
         assert all(message.cause for message in world.said)
         assert world.engine.kv_used_tokens == 0
+        await asyncio.sleep(2 * GATHER_S)
         assert await world.kept() == set()
 
 
@@ -202,6 +206,7 @@ async def test_heartbeats_at_start_regularly_and_when_the_bus_came_back() -> Non
         assert world.beats[0].holdings == ()
         profile = world.beats[0].profile
         assert (profile.role, profile.worker_id, profile.rows_max) == ("decode", WORKER, 4)
+        await asyncio.sleep(2 * GATHER_S)
         lease = await world.store.get(keys.worker_lease(WORKER))
         assert lease is not None
         assert decode_record(lease, WorkerLease).profile == profile

@@ -28,6 +28,7 @@ from common.runtime import keys, subjects
 from common.runtime.store import Put
 from common.runtime.virtual_time import virtual
 from common.runtime.wire import decode_record
+from common.runtime.write_behind import GATHER_S
 from services.engine.timed import expected_tokens
 from tests.services.prefill_world import DRAIN_S, SHAPE, WORKER, prefill_world, prompt_bytes, prompt_of
 
@@ -271,7 +272,7 @@ async def test_the_store_knows_where_kv_lies_while_it_does_and_whose_lease_runs(
         assert lease.profile.incarnation == world.worker.incarnation
         await world.order(run("long"))
         await world.until(lambda: bool(world.of(SegmentFinished)))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(2 * GATHER_S)
         assert await world.store.scan(keys.kv_all()) == {}
 
 

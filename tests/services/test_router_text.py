@@ -56,10 +56,11 @@ def test_pieces_join_to_the_whole_text(text: str, cuts: list[int]):
 
 
 @settings(max_examples=300)
-@given(st.lists(st.integers(0, 399), max_size=80))
-def test_any_tokens_at_all_join_to_their_decoding(ids: list[int]):
+@given(st.lists(st.integers(0, 399), max_size=80), st.lists(st.integers(0, 80), max_size=8))
+def test_any_tokens_at_all_join_to_their_decoding(ids: list[int], cuts: list[int]):
     """A model may sample halves of characters in any order."""
     assert "".join(streamed(tiny_text().decode, ids, range(len(ids)))) == tiny_text().decode(ids)
+    assert "".join(streamed(tiny_text().decode, ids, cuts)) == tiny_text().decode(ids)
 
 
 @given(st.lists(st.integers(3, 258), min_size=40, max_size=200))

@@ -22,12 +22,12 @@ from common.runtime import keys, subjects
 from common.runtime.bus import NoResponders
 from common.runtime.bus_memory import MemoryBroker, MemoryBus
 from common.runtime.lease import LeaseLost
-from common.runtime.store import Put, StoreError
+from common.runtime.store import Delete, Put, StoreError
 from common.runtime.store_memory import MemoryStore
 from common.runtime.virtual_time import virtual
 from common.runtime.wire import decode, decode_record, encode
 from common.settings import SchedulerSettings
-from services.scheduler.service import STORE_REST_S, WRITE_S, SchedulerService, config_of
+from services.scheduler.service import GATHER_S, STORE_REST_S, WRITE_S, SchedulerService, config_of
 from tests.policy.scenario import profile
 
 SETTINGS = SchedulerSettings()
@@ -110,6 +110,7 @@ async def test_the_record_of_a_request_follows_its_order():
         assert [type(m) for m in w.router] == [RequestAccepted]
         (order,) = [decode(data, RunPrefill) for data in w.worker]
         assert order.epoch == 1
+        await asyncio.sleep(2 * GATHER_S)
         record = decode_record(await w.store.get(keys.request("a")), RequestRecord)
         assert (record.spec.request_id, record.state, set(record.workers)) == ("a", "prefilling", {"p0", "d0"})
 
@@ -135,6 +136,28 @@ async def test_records_of_a_burst_share_a_transaction_and_the_last_word_counts()
         await asyncio.sleep(1.0)
         assert await w.store.scan(keys.requests()) == {}
         assert len(commits) <= 6
+
+
+@virtual
+async def test_a_request_that_ends_at_once_leaves_no_trace_in_the_store():
+    async with world() as w:
+        await until_active(w.scheduler("s1"))
+        commits, commit = [], w.store.commit
+
+        async def counting(writes):
+            commits.extend(writes)
+            await commit(writes)
+
+        w.store.commit = counting
+        await w.submit("a")
+        await w.say(CancelRequested(request_id="a", router_id="r"))
+        await asyncio.sleep(2 * GATHER_S)
+        assert commits == []
+        await w.submit("b")
+        await asyncio.sleep(2 * GATHER_S)
+        await w.say(CancelRequested(request_id="b", router_id="r"))
+        await asyncio.sleep(2 * GATHER_S)
+        assert [type(write) for write in commits] == [Put, Delete]
 
 
 @virtual
@@ -221,6 +244,7 @@ async def test_without_the_store_messages_go_on_and_records_follow():
         for number in range(50):
             await w.submit(f"r{number}")
         assert [type(m) for m in w.router] == [RequestAccepted] * 50
+        await asyncio.sleep(GATHER_S)
         view = await w.ask(DescribeCluster())
         assert view.counters["store_errors"] == service.store_errors
         assert 1 <= service.store_errors < 50
@@ -242,7 +266,7 @@ async def test_a_store_that_hangs_holds_no_message_up():
         await w.submit("a")
         await w.submit("b")
         assert len(w.router) == 2
-        await asyncio.sleep(WRITE_S + 0.01)
+        await asyncio.sleep(GATHER_S + WRITE_S + 0.01)
         assert service.store_errors == 1
 
 
