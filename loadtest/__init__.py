@@ -4,6 +4,7 @@
 `python -m loadtest compare`   two such runs, or simulated ones, side by side
 `python -m loadtest mixed`     shorts alone, then shorts and longs under FIFO and under PecSched, same arrivals
 `python -m loadtest overhead`  what router, scheduler and NATS add to a short request on an idle cluster
+`python -m loadtest control`   what routers, scheduler and bus can do, beside 64 engines that take no time
 `python -m loadtest pause`     one prefill worker: from a short that is ready to the long that stands
 `python -m loadtest engine`    stepped prefill beside transformers' own forward; a decode step by batch size
 `python -m loadtest sp`        a long prefill by a group of workers beside one of them alone

@@ -3,7 +3,7 @@
 Arrivals are two independent Poisson processes. Prompts are random token ids of exact length, so that
 lengths are lengths, nothing is tokenized, and no two prompts share a prefix. Every request asks for
 exactly `OUTPUT_TOKENS` tokens (`ignore_eos`), greedy, streamed, with logprobs of the drawn token alone:
-so each token comes as an event of its own, also one whose bytes are half a character, and can be counted.
+so tokens can be counted, however many an event brings, also those whose bytes are half a character.
 """
 
 from __future__ import annotations

@@ -93,7 +93,8 @@ class TokenChunk(Record, frozen=True, kw_only=True):
 
 
 class TokensGenerated(Message, frozen=True, kw_only=True):
-    """Worker → router: all new tokens of one step for that router's requests, in one message."""
+    """Worker → router: all new tokens of one step, or of several that followed each other quickly, for that router's
+    requests, in one message."""
 
     worker_id: WorkerId
     router_id: RouterId

@@ -1,7 +1,7 @@
 """The decode worker's shell: performs what its core decides with the engine, the data plane, bus and store.
 
-A step is one task; its end is an event. Nothing here waits inside the mailbox except for the bus to take
-a message, and the next step is under way before the tokens of the last one are sent.
+Steps run in a task of their own; the end of each is an event. Nothing here waits inside the mailbox except for the
+bus to take a message, and the next step is under way before the tokens of the last one are sent.
 """
 
 from __future__ import annotations
@@ -87,6 +87,11 @@ class DecodeWorker:
         self._outbox = TokenOutbox(settings.token_gather_ms / 1e3)
         self._holding = False
         """A task sends what the outbox holds."""
+        self._step_of: tuple[RequestId, ...] = ()
+        """Rows of the step that is ordered, or runs."""
+        self._step_ordered = asyncio.Event()
+        self._stepping = False
+        """The task that performs steps is there."""
 
     def __repr__(self) -> str:
         return f"DecodeWorker({self.worker_id!r}, {self.core!r})"
@@ -124,7 +129,11 @@ class DecodeWorker:
     ) -> None:
         match command:
             case RunStep(request_ids=request_ids):
-                self._shell.spawn(self._step(request_ids), name="step")
+                self._step_of = request_ids
+                self._step_ordered.set()
+                if not self._stepping:
+                    self._stepping = True
+                    self._shell.spawn(self._steps(), name="steps")
             case ReserveKv(spec=spec):
                 self._reserve(spec)
             case AcceptOffer(request_id=request_id, attempt=attempt):
@@ -171,6 +180,13 @@ class DecodeWorker:
         except EngineError as error:
             # The step that begins next contains it, and fails for the same reason: that is where the core hears of it.
             log.error("not activated", request=request_id, reason=str(error))
+
+    async def _steps(self) -> None:
+        """One after the other, as the core orders them. One task for all: to make one costs as much as to decide."""
+        while True:
+            await self._step_ordered.wait()
+            self._step_ordered.clear()
+            await self._step(self._step_of)
 
     async def _step(self, request_ids: tuple[RequestId, ...]) -> None:
         try:
