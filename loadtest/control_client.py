@@ -196,7 +196,7 @@ class HttpDoor:
             f"POST /v1/completions HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\nContent-Type: application/json\r\n"
             for url in urls
         ]
-        self._places = [(urlsplit(url).hostname, urlsplit(url).port) for url in urls]
+        self._places = [(urlsplit(url).hostname or "", urlsplit(url).port or 80) for url in urls]
         self._idle: list[list[_Connection]] = [[] for _ in urls]
         self._turn = 0
 

@@ -71,7 +71,7 @@ async def control_cluster(sizes: Sizes, say: Say) -> AsyncIterator[Cluster]:
         servers = ("--nats-url", nats.url, "--redis-url", redis.url, "--log-level", "warning")
         ports = [free_port() for _ in range(sizes.routers)]
         urls = tuple(f"http://127.0.0.1:{port}" for port in ports)
-        commands = {
+        commands: dict[str, tuple[str, ...]] = {
             "scheduler": ("services.cli", "scheduler", *servers),
             "workers": ("loadtest.control_workers", *servers, *_workers_flags(sizes)),
             **{

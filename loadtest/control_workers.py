@@ -51,7 +51,11 @@ async def serve(settings: ControlWorkersSettings, bus: Bus, store: Store, stop: 
     """All of them until `stop`. Raises whatever ends one of them."""
     workers = make_workers(settings, bus, store)
     async with Supervisor() as tasks:
-        running = [tasks.spawn(worker.run(), name=str(worker.worker_id)) for worker in workers]
+        running = []
+        for worker in workers:
+            running.append(tasks.spawn(worker.run(), name=str(worker.worker_id)))
+            # Heartbeats spread over their interval, as do those of processes that started each in its own time.
+            await asyncio.sleep(settings.heartbeat_s / len(workers))
         await stop.wait()
         for worker in workers:
             worker.stop()
