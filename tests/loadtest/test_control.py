@@ -122,11 +122,10 @@ async def test_over_nats_ids_are_compared_and_silence_is_a_failure():
     await door.listen()
     failures = [(await door.ask(QUESTION)).failure for _ in range(5)]
     assert failures[:2] == [None, None]
-    assert [text.split(":")[0].strip("{'") for text in failures[2:]] == [
-        "another answer than expected",
-        "code'",
-        "no whole answer within 5 s",
-    ]
+    for failure, expected in zip(
+        failures[2:], ("another answer than expected", "busy", "no whole answer"), strict=True
+    ):
+        assert expected in (failure or "")
     assert not door._streams
     await door.close()
 
