@@ -147,7 +147,8 @@ async def _busy_share(process: psutil.Process, window_s: float) -> float:
     before, begun_s = process.cpu_times(), time.monotonic()
     await asyncio.sleep(window_s)
     after = process.cpu_times()
-    return (after.user + after.system - before.user - before.system) / (time.monotonic() - begun_s)
+    used_s: float = after.user + after.system - before.user - before.system
+    return used_s / (time.monotonic() - begun_s)
 
 
 @asynccontextmanager
