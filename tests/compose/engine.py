@@ -165,7 +165,7 @@ class Project:
         raise TookTooLong(f"container {container_id} was not started again within {patience_s:g} s")
 
     def down(self) -> None:
-        self.compose("--profile", "*", "down", "--volumes", "--remove-orphans", "--timeout", "40")
+        self.compose("--profile", "*", "down", "--volumes", "--remove-orphans")
 
     def leftovers(self) -> list[str]:
         """Containers, networks and volumes of this project that exist."""

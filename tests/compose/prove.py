@@ -136,7 +136,7 @@ class Proof:
         await client.close()
 
     async def _scale(self) -> None:
-        for workers in (4, 1, 2):
+        for workers in (4, 2):
             await self._under_load(f"prefill workers scaled to {workers}", lambda n=workers: self._up(n))
 
     async def _kill(self) -> None:
@@ -152,7 +152,7 @@ class Proof:
     async def _restart(self, service: str, *, over_nats: bool = True) -> None:
         def restart() -> None:
             for container in self.project.containers(service):
-                docker("restart", "-t", "40", container.id)
+                docker("restart", container.id)
                 self.project.wait_well(container.id)
 
         await self._under_load(f"{service} restarted, one container after another", restart, over_nats=over_nats)

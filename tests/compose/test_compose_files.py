@@ -156,11 +156,12 @@ def test_the_environment_is_one_that_the_role_takes(name: str) -> None:
     settings = load(ROLES[name], [], environment(services()[name], {}))
     assert (settings.nats_url, settings.redis_url) == ("nats://nats:4222", "redis://redis:6379/0")
     assert settings.alive_file == "/tmp/alive"
+    if isinstance(settings, WorkerSettings | RouterSettings):
+        assert settings.drain_s < float(services()[name]["stop_grace_period"].removesuffix("s"))
     if isinstance(settings, WorkerSettings):
         assert settings.data_host == "auto"
         assert settings.data_secret
         assert settings.engine == ("timed" if name.startswith("timed") else "torch")
-        assert settings.drain_s < float(services()[name]["stop_grace_period"].removesuffix("s"))
     if isinstance(settings, RouterSettings):
         assert (settings.host, settings.port) == ("0.0.0.0", 8000)
 
