@@ -34,7 +34,8 @@ from tests.compose.engine import (
 from tests.compose.load import Load, Tally, ask_nats
 
 CONTROL_MB_MAX = 450
-ROLES = ("router", "scheduler", "sp-coordinator", "prefill-worker", "decode-worker")
+STEPS = ("scale", "kill", "router", "scheduler", "sp-coordinator", "prefill-worker", "decode-worker", "redis", "nats")
+"""Workers scaled, a process killed, and the services whose containers are restarted one after another."""
 SETTLE_S = 3.0
 """Of load before and after something is done to the cluster."""
 EXIT_FAILED, EXIT_NOT_STARTED = 1, 2
@@ -71,8 +72,8 @@ class Proof:
         self.load = Load(self.urls, self.nats_url)
         self.total = Tally()
 
-    async def run(self) -> None:
-        """Raises: Failed, DockerFailed, TookTooLong."""
+    async def run(self, steps: Sequence[str]) -> None:
+        """Build, up, ask, then these of `STEPS` under load. Raises: Failed, DockerFailed, TookTooLong."""
         with stage("images built"):
             await self._do(self.project.compose, "build", "-q")
         self._check_sizes()
@@ -83,13 +84,15 @@ class Proof:
             await self._do(self._up, 2)
         with stage("a chat over HTTP, a request over NATS"):
             await self._ask_once()
-        await self._scale()
-        await self._kill()
-        for role in ROLES:
-            await self._restart(role)
-        for server in ("redis", "nats"):
-            # A message to a NATS client is lost while NATS is away; it has to ask again. HTTP clients see nothing.
-            await self._restart(server, over_nats=False)
+        for step in steps:
+            match step:
+                case "scale":
+                    await self._scale()
+                case "kill":
+                    await self._kill()
+                case service:
+                    # What is sent to a NATS client while NATS is away is lost, and it has to ask again.
+                    await self._restart(service, over_nats=service != "nats")
         say(f"in all {self.total}")
 
     def clean_up(self) -> None:
@@ -173,14 +176,14 @@ class Proof:
             raise Failed(f"{title}: no client of {', '.join(sorted(silent))} got an answer")
 
 
-def prove(network: str, *, keep: bool) -> None:
+def prove(network: str, steps: Sequence[str], *, keep: bool) -> None:
     """Raises: NoEngine, Failed, DockerFailed, TookTooLong."""
     say(require_engine())
     on_host = network == "host" or (network == "auto" and not publishes_ports())
     say(f"network: {'the host’s (compose.host.yaml)' if on_host else 'a bridge, ports published'}")
     proof = Proof(on_host=on_host)
     try:
-        asyncio.run(proof.run())
+        asyncio.run(proof.run(steps))
     except BaseException:
         say(proof.project.logs())
         raise
@@ -193,11 +196,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 proved, 1 not so, 2 something is missing here."""
     parser = argparse.ArgumentParser(prog="make compose-test", description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--network", choices=("auto", "bridge", "host"), default="auto")
+    parser.add_argument("--only", choices=STEPS, nargs="+", default=STEPS, metavar="STEP", help=", ".join(STEPS))
     parser.add_argument("--keep", action="store_true", help="leave the cluster running")
     options = parser.parse_args(argv)
     begun_s = time.monotonic()
     try:
-        prove(options.network, keep=options.keep)
+        prove(options.network, options.only, keep=options.keep)
     except NoEngine as error:
         sys.stderr.write(f"compose-test: {error}\n")
         return EXIT_NOT_STARTED
