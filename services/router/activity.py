@@ -221,8 +221,8 @@ class Activity:
     def _submitted(self, message: RequestSubmitted) -> None:
         request = self._request(message.spec.request_id)
         request.prompt_tokens = request.prompt_tokens or message.spec.prompt.tokens
-        if request.submitted_s is None and not request.open:
-            request.submitted_s = self._now_s
+        if request.submitted_s is None and not request.answered:
+            request.submitted_s, request.told = self._now_s, False  # maybe heard after the order that it led to
         request.answered = request.answered or message.spec.generated_before > 0
         if message.spec.attempt > request.attempt:
             request.attempt, request.prefilled_s = message.spec.attempt, None

@@ -82,6 +82,21 @@ def test_time_to_first_token_is_counted_once_and_not_for_what_was_submitted_unhe
     assert list(player.activity.history)[-1].long_ttft_p99_s == 3.0
 
 
+def test_a_submission_that_is_heard_after_its_order_counts_and_is_told():
+    player, told = play(
+        "1 run a on=p1",
+        "1.001 submitted a",
+        "1.2 prefilled a on=p1 in_worker=0.1",
+        "2 form L on=p1",
+        "2.001 submitted L tokens=5000",
+        "2.1 running L on=p1",
+        "3 view p1=L",
+    )
+    assert "→ request a short 100 1.001" in told
+    assert "→ request L long 100 2.001" in told
+    assert list(player.activity.history)[-1].short_ttft_p99_s == 0.199
+
+
 def test_a_new_page_is_told_what_goes_on_and_what_ended_within_the_last_minute():
     player, _ = play(
         "0 run old on=p1 to=p1",
