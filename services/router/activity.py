@@ -75,6 +75,8 @@ KEPT_S = 60.0
 """How long what has ended is told to a new page."""
 GRACE_S = 2.0
 """A segment that the scheduler's view contradicts is believed for so long: the view may be the older one."""
+RESOLUTION_S = 1e-4
+"""Of the times that pages are told; what is shorter is nothing, but a handoff is one however short."""
 REQUESTS_MAX = 16_384
 LANES_MAX = 1_024
 SEGMENTS_MAX = 512
@@ -259,7 +261,8 @@ class Activity:
             self._ended_on(message.worker_id, message.request_id)
             return
         to = self._lane(decoder, "decode")
-        self._end(self._draw(message.worker_id, request, "handoff", prefilled_s, to.number), self._now_s)
+        handoff = self._draw(message.worker_id, request, "handoff", prefilled_s, to.number)
+        self._end(handoff, max(self._now_s, prefilled_s + RESOLUTION_S))  # both words may be heard at once
         self._open(decoder, request, "decode", self._now_s)
 
     def _decoded(self, message: DecodeFinished) -> None:

@@ -77,6 +77,7 @@ def check_short(watcher: Watcher, request_id: str, decoders: set[str]) -> None:
     rows = watcher.of(request_id)
     assert len(rows["prefill"]) == 1, f"{request_id}: {rows}"
     prefill = rows["prefill"][0]
+    assert len(rows["handoff"]) == (watcher.lanes[prefill.lane] not in decoders), f"{request_id}: {rows}"
     for handoff in rows["handoff"]:
         assert handoff.begin_s == prefill.end_s
         assert watcher.lanes[handoff.detail] in decoders

@@ -82,6 +82,11 @@ def test_time_to_first_token_is_counted_once_and_not_for_what_was_submitted_unhe
     assert list(player.activity.history)[-1].long_ttft_p99_s == 3.0
 
 
+def test_a_handoff_whose_end_is_heard_with_its_begin_is_still_one():
+    _, told = play("1 run a on=p1", "2 prefilled a on=p1 in_worker=0.1", "2 released a on=p1")
+    assert "→ p1 handoff a 2–2.0001 d1" in told
+
+
 def test_a_submission_that_is_heard_after_its_order_counts_and_is_told():
     player, told = play(
         "1 run a on=p1",
