@@ -8,8 +8,11 @@ SCHEMA_VERSION = 1
 """Raised only when an old reader would misread a new message; new fields with defaults do not."""
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """A typed, immutable value. Nested inside messages."""
+class Record(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A typed, immutable value. Nested inside messages.
+
+    The collector of cycles leaves it out: what is frozen and made of values has none, and stories keep it by the
+    ten thousand. Each full walk over those would be a pause on somebody's way."""
 
 
 class Message(Record, frozen=True, kw_only=True, tag=True):
