@@ -4,6 +4,9 @@ Everything the roles tell each other of a request's life passes by here; the tim
 (tenths of a millisecond late), except where a worker says how long something took. The lanes have the names and kinds
 of the simulator's (`simulator/result.py`), so that one report draws both.
 
+The live page folds the same messages (`services/router/activity.py`), but shows the last minute of a cluster that it
+corrects by the scheduler's views; here nothing is forgotten, and what counts is the life of each request.
+
 A long's prefill stands still from the word of a worker that it stopped to its word that it runs again; the long itself
 from the first to the last of its group, as the scheduler counts it (`GroupPaused` to `GroupResumed`).
 """

@@ -37,7 +37,7 @@ START_IN_S = 0.5
 IN_FLIGHT_MAX = 8_192
 """Requests that wait for their answers at once; further ones count as failed, unsent."""
 NICE = -10
-"""Where the system allows it: what sends at a time must not wait for a core behind what computes."""
+"""Where no real-time class is allowed."""
 
 
 class Send(Record, frozen=True, kw_only=True, array_like=True):
@@ -183,11 +183,20 @@ async def perform(plan: SendPlan) -> None:
         say(Done(sent=tuple(sent), busy=busy))
 
 
+def come_first() -> None:
+    """What sends at a time must not wait for a core behind what computes. Measured beside eleven runnable processes on
+    two cores: woken 2 ms late at p99 in the real-time class, 22 ms with the niceness alone, 28 ms without either."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(os.sched_get_priority_min(os.SCHED_RR)))
+    except (OSError, AttributeError):  # not allowed, or not this system's
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, NICE)
+
+
 def main() -> int:
     """Read the plan, perform it."""
     plan = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=SendPlan)
-    with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, NICE)
+    come_first()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
