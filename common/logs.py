@@ -1,7 +1,8 @@
 """Structured logs on stderr: one JSON object per line, or coloured text for people.
 
-A log line carries whatever `bind` put into the current context (`request_id`, `cause` …), so that
-everything said while a message is handled can be found by its request.
+A log line carries whatever `bind` put into the current context (`request_id`, `cause` …), and a line about a message
+what `about` takes from it, so that everything said of a request can be found by its id. What a client sent or was
+answered is in no line: neither are messages logged whole, nor the local variables of a traceback.
 """
 
 from __future__ import annotations
@@ -14,8 +15,13 @@ from typing import Any
 
 import structlog
 
+SPOKEN_OF = ("request_id", "attempt", "worker_id", "cause")
+"""Fields of a message that its log lines have."""
+
 QUIET_LIBRARIES = ("nats", "redis", "httpx", "httpcore", "asyncio", "uvicorn", "transformers", "urllib3")
 """Libraries that say at most warnings, whatever the level of our own lines."""
+MUTE_LIBRARIES = ("opentelemetry",)
+"""At most errors: it warns of every try to reach a collector."""
 
 
 def setup(role: str, *, level: str = "info", as_json: bool = True) -> None:
@@ -48,11 +54,20 @@ def setup(role: str, *, level: str = "info", as_json: bool = True) -> None:
     root.setLevel(level.upper())
     for name in QUIET_LIBRARIES:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+    for name in MUTE_LIBRARIES:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def get_logger(name: str) -> Any:
     """A logger that takes keyword fields: `log.info("worker lost", worker_id=...)`."""
     return structlog.stdlib.get_logger(name)
+
+
+def about(message: object) -> dict[str, object]:
+    """Fields that name a message in a log line: its class, and whose it is. Never what is in a prompt."""
+    spec = getattr(message, "spec", None)
+    found = {name: getattr(message, name, None) or getattr(spec, name, None) for name in SPOKEN_OF}
+    return {"what": type(message).__name__, **{name: value for name, value in found.items() if value}}
 
 
 @contextmanager
@@ -79,4 +94,6 @@ def _renderers(as_json: bool) -> list[Any]:
             structlog.processors.EventRenamer("message"),
             structlog.processors.JSONRenderer(default=str),
         ]
-    return [drop, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+    # The default formatter would print the local variables of every frame, prompts among them.
+    plain = structlog.dev.plain_traceback
+    return [drop, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]

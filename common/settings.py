@@ -40,6 +40,16 @@ _INSTEAD_OF_NODES = Meta(extra={NOT_WITH: ("workers_per_node",)})
 _RESERVATION = Meta(extra={ONLY_WITH: {"policy": ("reservation",)}})
 
 
+MetricsHost = Annotated[str, Meta(description="address that /metrics is served on")]
+MetricsPort = Annotated[Port, Meta(description="port of /metrics, for Prometheus; 0: none")]
+OtlpEndpoint = Annotated[
+    str,
+    Meta(
+        description="OpenTelemetry collector that takes traces (OTLP over HTTP, such as http://host:4318); empty: none"
+    ),
+]
+
+
 class CommonSettings(Record, frozen=True, kw_only=True):
     """What every role needs."""
 
@@ -93,12 +103,17 @@ class RouterSettings(ModelSettings, frozen=True, kw_only=True):
     late_s: Annotated[
         Wait, Meta(description="at a stop, how long requests on connections that are open already are still taken")
     ] = 0.5
+    otlp_endpoint: OtlpEndpoint = ""
+    log_prompts: Annotated[bool, Meta(description="log what clients send, with the request's id")] = False
     drain_s: Annotated[
         Duration, Meta(description="at a stop, how long running requests may take before their clients get an error")
     ] = 10.0
 
 
 class SchedulerSettings(CommonSettings, frozen=True, kw_only=True):
+    metrics_host: MetricsHost = "127.0.0.1"
+    metrics_port: MetricsPort = 0
+    otlp_endpoint: OtlpEndpoint = ""
     policy: Annotated[
         PolicyName, Meta(description="who runs when: PecSched, or one of the policies it is compared with")
     ] = "pecsched"
@@ -157,6 +172,8 @@ class SchedulerSettings(CommonSettings, frozen=True, kw_only=True):
 
 
 class CoordinatorSettings(CommonSettings, frozen=True, kw_only=True):
+    metrics_host: MetricsHost = "127.0.0.1"
+    metrics_port: MetricsPort = 0
     answer_s: Annotated[Duration, Meta(description="longest silence of a rank after an order")] = 5.0
 
 
@@ -178,6 +195,8 @@ class WorkerSettings(ModelSettings, frozen=True, kw_only=True):
     data_secret: Annotated[str, Meta(description="shared secret of the data plane; the same on every worker")] = ""
     transfer_s: Annotated[Duration, Meta(description="longest silence on a KV transfer")] = 5.0
     drain_s: Annotated[Duration, Meta(description="when told to stop, how long what is in hand may take")] = 5.0
+    metrics_host: MetricsHost = "127.0.0.1"
+    metrics_port: MetricsPort = 0
 
 
 class PrefillWorkerSettings(WorkerSettings, frozen=True, kw_only=True):
@@ -240,6 +259,9 @@ class ServeSettings(SchedulerSettings, frozen=True, kw_only=True):
     port: Annotated[Port, Meta(description="HTTP port; 0: any free one")] = 8000
     served_model_name: Annotated[str, Meta(description="name in the API; empty: the model's own")] = ""
     api_key: Annotated[str, Meta(description="bearer token that clients must send; empty: none asked")] = ""
+    metrics_port: Annotated[
+        Port, Meta(description="of the roles' /metrics the first port, the others after it; 0: any free ones")
+    ] = 0
     nodes: Annotated[
         int, Meta(ge=1, le=64, description="nodes that the workers are dealt out to, as if each were a machine")
     ] = 1

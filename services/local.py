@@ -32,8 +32,9 @@ from common.runtime.urls import redacted
 from common.settings import ServeSettings
 from services.children import LAUNCHER, Children, ChildSpec
 from services.embedded import EmbeddedServer, free_port
-from services.local_plan import check_roles, make_plan, role_spec
+from services.local_plan import check_roles, make_plan, measured_roles, role_spec
 from services.local_report import announcement, missing_parts, say
+from services.ports import ReservedPorts
 from services.run_file import RunFile, remove_run_file, run_file_path, started_s, write_run_file
 from services.run_folder import new_run_folder
 from services.status import describe_cluster
@@ -86,7 +87,8 @@ class LocalCluster:
         self._env = env
         self._children = children
         self._port = settings.port or free_port()
-        self._plan = make_plan(settings, self._port)
+        self._metrics_ports = ReservedPorts(settings.metrics_host, measured_roles(settings), settings.metrics_port)
+        self._plan = make_plan(settings, self._port, self._metrics_ports.ports)
         self._run_file = run_file_path(env)
         self._nats_url = settings.nats_url
         self._redis_url = settings.redis_url
@@ -95,9 +97,7 @@ class LocalCluster:
     @property
     def url(self) -> str:
         """Where a client on this machine finds the router."""
-        host = self._settings.host
-        local = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-        return f"http://{local}:{self._port}"
+        return f"http://{_bracketed(local_host(self._settings.host))}:{self._port}"
 
     async def start(self) -> None:
         """Everything up to the table of what runs. Raises: StartupError, GivenUp."""
@@ -117,6 +117,7 @@ class LocalCluster:
 
     async def drain(self) -> None:
         """Stop everything, each within its bound."""
+        self._metrics_ports.close()
         running = self._children.pids
         if not running:
             return
@@ -154,6 +155,7 @@ class LocalCluster:
         return ChildSpec(name=name, command=command, log=self._log_dir(folder) / f"{name}.log", env=self._env)
 
     async def _start_roles(self, log_dir: Path) -> None:
+        self._metrics_ports.before_roles_start()
         async with _stage("roles"):
             for role in self._plan.roles:
                 spec = role_spec(role, self._settings, self._env, self._nats_url, self._redis_url, log_dir)
@@ -184,14 +186,22 @@ class LocalCluster:
                 f"logs: {self._log_dir(self._run_folder)}"
             ) from None
 
-    def _table(self, view: ClusterView) -> list[tuple[str, int, str, Path]]:
-        """Role, process id, address, log file."""
+    def _metrics(self) -> dict[str, str]:
+        """Where Prometheus finds each role."""
+        ports = self._plan.metrics_ports
+        host = _bracketed(local_host(self._settings.metrics_host))
+        own = {name: f"http://{host}:{port}/metrics" for name, port in ports.items()}
+        return own | {self._plan.router.name: f"{self.url}/metrics"}
+
+    def _table(self, view: ClusterView) -> list[tuple[str, int, str, str, Path]]:
+        """Role, process id, address, metrics, log file."""
+        metrics = {name: url.split("/")[2] for name, url in self._metrics().items()}
         addresses = {worker.profile.worker_id: worker.profile.data_address for worker in view.workers}
         own = {"nats": self._nats_url, "redis": self._redis_url, "router": self.url}
         places = {str(name): address for name, address in addresses.items()} | own
         log_dir = self._log_dir(self._run_folder)
         return [
-            (name, pid, redacted(places.get(name, "-")), log_dir / f"{name}.log")
+            (name, pid, redacted(places.get(name, "-")), metrics.get(name, "-"), log_dir / f"{name}.log")
             for name, pid in self._children.pids.items()
         ]
 
@@ -212,6 +222,7 @@ class LocalCluster:
             nats_url=self._nats_url,
             log_dir=str(self._log_dir(self._run_folder)),
             pids=self._children.pids,
+            metrics=self._metrics(),
         )
         try:
             write_run_file(run, self._run_file)
@@ -321,3 +332,12 @@ async def _prepare_model(settings: ServeSettings, env: Mapping[str, str]) -> Non
             await process.wait()
     if status:
         raise StartupError(line.removeprefix("error: ") or f"the model's conversion ended with status {status}")
+
+
+def local_host(host: str) -> str:
+    """Where somebody on this machine finds what listens on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,26 +47,37 @@ class Plan:
         return (self.scheduler, self.coordinator, *self.workers, self.router)
 
     @property
+    def metrics_ports(self) -> dict[str, int]:
+        """Of the roles that have one of their own; the router answers at its HTTP port."""
+        ports = {role.name: role.instead.get("metrics_port") for role in self.roles}
+        return {name: port for name, port in ports.items() if isinstance(port, int) and port}
+
+    @property
     def drain_order(self) -> tuple[tuple[str, ...], ...]:
         """The door first, so that nothing new comes in; what still runs needs all the others."""
         workers = tuple(worker.name for worker in self.workers)
         return ((self.router.name,), workers, (self.coordinator.name,), (self.scheduler.name,))
 
 
-def make_plan(settings: ServeSettings, port: int) -> Plan:
-    """The roles of one machine; `port` is the router's, already found free. Raises: SettingsError."""
+def make_plan(settings: ServeSettings, port: int, metrics_ports: Sequence[int] = ()) -> Plan:
+    """The roles of one machine; `port` is the router's, already found free, `metrics_ports` those of the others in the
+    order of their start (none: no metrics of theirs). Raises: SettingsError."""
     nodes = node_names(settings)
     per_node = workers_per_node(settings)
     threads = settings.threads or threads_per_worker(len(nodes) * per_node + settings.decode_workers, usable_cores())
     shared: dict[str, object] = {"threads": threads, "data_secret": secrets.token_hex(16)}
+    scrapes = iter(metrics_ports)
+
+    def measured(**instead: object) -> dict[str, object]:
+        return {**instead, "metrics_port": next(scrapes, 0)}
 
     def worker(kind: str, number: int, node: int, cls: type[Record]) -> Role:
         name = f"{kind}-{number}"
-        return Role(name, f"{kind}-worker", cls, {**shared, "worker_id": name, "node": nodes[node]})
+        return Role(name, f"{kind}-worker", cls, measured(**shared, worker_id=name, node=nodes[node]))
 
     return Plan(
-        scheduler=Role("scheduler", "scheduler", SchedulerSettings, {}),
-        coordinator=Role("sp-coordinator", "sp-coordinator", CoordinatorSettings, {}),
+        scheduler=Role("scheduler", "scheduler", SchedulerSettings, measured()),
+        coordinator=Role("sp-coordinator", "sp-coordinator", CoordinatorSettings, measured()),
         workers=(
             *(
                 worker("prefill", number, number // per_node, PrefillWorkerSettings)
@@ -79,6 +90,11 @@ def make_plan(settings: ServeSettings, port: int) -> Plan:
         ),
         router=Role("router", "router", RouterSettings, {"port": port}),
     )
+
+
+def measured_roles(settings: ServeSettings) -> int:
+    """How many metrics ports they need. Raises: SettingsError."""
+    return len(make_plan(settings, 0).roles) - 1
 
 
 def node_names(settings: ServeSettings) -> tuple[str, ...]:

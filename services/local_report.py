@@ -34,7 +34,7 @@ def missing_parts(plan: Plan, view: ClusterView | None, *, router_healthy: bool)
 
 
 def announcement(
-    rows: Iterable[tuple[str, int, str, Path]], url: str, nats_url: str, settings: ServeSettings, took_s: float
+    rows: Iterable[tuple[str, int, str, str, Path]], url: str, nats_url: str, settings: ServeSettings, took_s: float
 ) -> str:
     """The table of what runs, and commands to paste."""
     body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'
@@ -47,7 +47,10 @@ def announcement(
             f"PecSched is ready ({took_s:.1f} s). Policy {settings.policy}; prompts over "
             f"{settings.threshold_tokens} tokens are long. Ctrl-C drains and stops it.",
             "",
-            *table(("ROLE", "PID", "ADDRESS", "LOG"), [(n, str(p), a, shlex.quote(str(log))) for n, p, a, log in rows]),
+            *table(
+                ("ROLE", "PID", "ADDRESS", "METRICS", "LOG"),
+                [(name, str(pid), *places, shlex.quote(str(log))) for name, pid, *places, log in rows],
+            ),
             "",
             f"Watch it in a browser: {url}/",
             "Ask it over HTTP, or over NATS:",

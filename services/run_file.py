@@ -31,6 +31,8 @@ class RunFile(Record, frozen=True, kw_only=True):
     log_dir: str
     pids: dict[str, int]
     """Roles and servers at the start; a restart changes them."""
+    metrics: dict[str, str]
+    """Where Prometheus finds each role."""
 
 
 def started_s(pid: int) -> float:

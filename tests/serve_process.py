@@ -45,6 +45,10 @@ class ServeProcess:
         """From the table."""
         return self._rows()[role][2]
 
+    def metrics(self, role: str) -> str:
+        """Host and port, from the table; "-": none."""
+        return self._rows()[role][3]
+
     def end(self) -> tuple[int, str]:
         """Wait for its end: the exit status, and what it wrote on stderr."""
         out, err = self.process.communicate(timeout=PATIENCE_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from common.messages.base import Message
-from common.messages.requests import RequestSpec
+from common.messages.requests import LengthClass, RequestSpec
 from common.units import Attempt, RequestId, RouterId, Seconds
 
 RefusalCode = Literal["too_long", "duplicate_id", "queue_full", "no_workers", "not_found"]
@@ -31,6 +31,8 @@ class RequestAccepted(Message, frozen=True, kw_only=True):
     request_id: RequestId
     attempt: Attempt
     router_id: RouterId
+    length_class: LengthClass = "short"
+    """By the scheduler's threshold; the router's metrics are by class."""
 
 
 class RequestRefused(Message, frozen=True, kw_only=True):

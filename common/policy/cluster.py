@@ -75,6 +75,10 @@ class Request(msgspec.Struct, eq=False):
     """By which the members compute it."""
     pauses: PauseAccount | None = None
     """Of a long, from the forming of its group."""
+    phases: list[tuple[str, float]] = []
+    """States it came to, and when; see `RequestLife`."""
+    first_step_s: float | None = None
+    """Of a short: when its prefill worker began to compute it."""
     # What follows from the above, kept because every decision asks for it many times:
     request_id: RequestId = RequestId("")
     key: HoldKey = (RequestId(""), 0)

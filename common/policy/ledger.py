@@ -36,7 +36,7 @@ from common.policy.long_planner import LongPlanner
 from common.policy.pecsched import PecSchedPolicy
 from common.policy.priority import PriorityPolicy
 from common.policy.reservation import ReservationPolicy
-from common.policy.scheduler_io import ForgetRequest, SaveRequest, SchedulerCommand
+from common.policy.scheduler_io import PHASES_MAX, ForgetRequest, RequestLife, SaveRequest, SchedulerCommand
 from common.policy.story import StoryLog
 from common.policy.timers import Timers
 from common.policy.transitions import require_legal
@@ -114,6 +114,8 @@ class Ledger:
             )
         request.state = state
         request.state_since_s = self.now_s
+        if len(request.phases) < PHASES_MAX:
+            request.phases.append((state, self.now_s))
         if long:
             if state in IN_GROUP:
                 self.grouped[request.request_id] = request
@@ -178,6 +180,7 @@ class Ledger:
 
     def end(self, request: Request, how: str, *, withdraw: bool = True) -> None:
         """Off the books. `how` is counted: finished, cancelled, failed."""
+        life = self._life_of(request, how)
         self.abandon(request, withdraw=withdraw)
         request_id = request.request_id
         del self.cluster.requests[request_id]
@@ -194,7 +197,22 @@ class Ledger:
         self.counters[f"{how}_{request.length_class}"] += 1
         self.note(request_id, how)
         self._unsaved.pop(request_id, None)
-        self.out.append(ForgetRequest(request_id=request_id))
+        self.out.append(ForgetRequest(request_id=request_id, life=life))
+
+    def _life_of(self, request: Request, how: str) -> RequestLife:
+        """To be told when it ends, while it still has its workers."""
+        return RequestLife(
+            attempt=request.spec.attempt,
+            length_class=request.length_class,
+            how=how,
+            traceparent=request.spec.traceparent,
+            arrived_s=request.arrived_s,
+            phases=tuple(request.phases),
+            ended_s=self.now_s,
+            first_step_s=request.first_step_s,
+            workers=request.workers,
+            scheme=request.scheme.name(len(request.members)) if request.members else "",
+        )
 
     def fail(self, request: Request, message: str, retryable: bool, *, withdraw: bool = True) -> None:
         self.end(request, "failed", withdraw=withdraw)
@@ -213,6 +231,7 @@ class Ledger:
         if request.state in (RequestState.QUEUED, RequestState.INTERRUPTED):
             return
         self.counters["interrupted"] += 1
+        self.counters["groups_lost"] += request.is_long
         if request.spec.attempt >= self.config.attempts_max:
             message = f"given up after {request.spec.attempt + 1} attempts; the last ended with: {reason}"
             self.fail(request, message, True, withdraw=withdraw)
@@ -282,7 +301,14 @@ class Ledger:
 
     def accept(self, request: Request) -> None:
         spec = request.spec
-        self.emit(RequestAccepted(request_id=spec.request_id, attempt=spec.attempt, router_id=spec.router_id))
+        self.emit(
+            RequestAccepted(
+                request_id=spec.request_id,
+                attempt=spec.attempt,
+                router_id=spec.router_id,
+                length_class=request.length_class,
+            )
+        )
 
     def mind_release(self, request: Request, worker_id: WorkerId) -> None:
         """A running request whose KV went away where it still counted on it missed a message."""

@@ -7,6 +7,7 @@ turns them into orders. Which request goes where, and who is paused, is the poli
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import assert_never
 
@@ -26,7 +27,7 @@ from common.messages.prefill import (
     PrefillFinished,
     RunPrefill,
 )
-from common.messages.requests import RequestSpec
+from common.messages.requests import LengthClass, RequestSpec
 from common.messages.scheduling import (
     CancelRequested,
     RefusalCode,
@@ -83,6 +84,15 @@ class Scheduler:
     def cluster(self) -> Cluster:
         """The books, to be read."""
         return self._cluster
+
+    @property
+    def counters(self) -> Counter[str]:
+        """What happened how often since its start, to be read."""
+        return self._counters
+
+    def tally(self) -> Counter[tuple[LengthClass, RequestState]]:
+        """How many requests are in which state."""
+        return Counter((request.length_class, request.state) for request in self._cluster.requests.values())
 
     # --- the door --------------------------------------------------------------------------------
 
@@ -266,6 +276,7 @@ class Scheduler:
         self._policy.replica_eased(event.worker_id, self._cluster)
         if request is None or request.is_long or request.prefill_worker != event.worker_id:
             return
+        request.first_step_s = self._ledger.now_s - event.in_worker_s + event.waited_s
         if event.finish_reason is not None:
             self._ledger.end(request, "finished")
         elif request.state is RequestState.PREFILLING:

@@ -20,6 +20,7 @@ from common.messages.prefill import (
     RunPrefill,
 )
 from common.messages.records import RequestRecord
+from common.messages.requests import LengthClass
 from common.messages.scheduling import (
     CancelRequested,
     RequestAccepted,
@@ -41,7 +42,7 @@ from common.messages.sp import (
     ResumeGroup,
 )
 from common.policy.core import TimePassed
-from common.units import RequestId, WorkerId
+from common.units import Attempt, RequestId, WorkerId
 
 
 class SaveRequest(Record, frozen=True, kw_only=True):
@@ -50,10 +51,35 @@ class SaveRequest(Record, frozen=True, kw_only=True):
     record: RequestRecord
 
 
+PHASES_MAX = 4_096
+"""Kept of one request: some two thousand pauses. Later ones count as part of the last."""
+
+
+class RequestLife(Record, frozen=True, kw_only=True):
+    """What there is to tell of a request that ended: for metrics and traces. Times are the scheduler's clock."""
+
+    attempt: Attempt
+    length_class: LengthClass
+    how: str
+    """finished, cancelled or failed."""
+    traceparent: str
+    arrived_s: float
+    phases: tuple[tuple[str, float], ...]
+    """States it came to after it was queued first (`RequestState`), and when."""
+    ended_s: float
+    first_step_s: float | None
+    """Of a short: when its prefill worker began to compute it, by that worker's word; None: never, or it is a long."""
+    workers: tuple[WorkerId, ...]
+    """Of its last attempt: prefill worker and decode worker, or the members of its group in rank order."""
+    scheme: str
+    """Of a long that had a group: how its members shared it."""
+
+
 class ForgetRequest(Record, frozen=True, kw_only=True):
-    """Delete the record of a request that ended."""
+    """A request ended: delete its record."""
 
     request_id: RequestId
+    life: RequestLife
 
 
 class EndBusRequest(Record, frozen=True, kw_only=True):

@@ -55,6 +55,13 @@ class NatsBus:
         self._on_closed = on_closed
         self._closing = False
         self._last_error = ""
+        self.errors = 0
+        """Calls that the server did not take, or not in time; and messages that came too fast."""
+        self.disconnects = 0
+
+    @property
+    def is_connected(self) -> bool:
+        return bool(self._client.is_connected)
 
     def __repr__(self) -> str:
         state = "connected" if self._client.is_connected else "closed" if self._client.is_closed else "reconnecting"
@@ -94,7 +101,7 @@ class NatsBus:
         try:
             await self._client.publish(subject, data, reply=reply or "", headers=dict(headers) if headers else None)
         except (nats_errors.Error, OSError) as error:
-            raise _bus_error(error, subject) from error
+            raise self._bus_error(error, subject) from error
 
     async def subscribe(self, subject: str, handler: Handler, *, queue: str | None = None) -> Subscription:
         """See `Bus`. When it returns, the server knows of the subscription (unless disconnected: then it
@@ -106,7 +113,7 @@ class NatsBus:
             except Exception:
                 log.exception("a bus handler failed", bus=self._name, subject=msg.subject)
 
-        async with _as_bus_errors(subject):
+        async with self._as_bus_errors(subject):
             subscription = await self._client.subscribe(
                 subject,
                 queue=queue or "",
@@ -123,7 +130,7 @@ class NatsBus:
         """See `Bus`."""
         check_size(subject, data, headers, self.max_payload)
         try:
-            async with _as_bus_errors(subject):
+            async with self._as_bus_errors(subject):
                 msg = await self._client.request(
                     subject, data, timeout=timeout_s, headers=dict(headers) if headers else None
                 )
@@ -133,7 +140,7 @@ class NatsBus:
 
     async def serve(self, name: str, version: str, description: str, endpoints: Sequence[Endpoint]) -> Subscription:
         """See `Bus`. Raises: BusError; ValueError for a name, version or subject that NATS does not allow."""
-        async with _as_bus_errors(name):
+        async with self._as_bus_errors(name):
             service = await micro.add_service(self._client, name=name, version=version, description=description)
             for endpoint in endpoints:
                 await service.add_endpoint(
@@ -173,7 +180,7 @@ class NatsBus:
         """See `Bus`. Raises: BusError, BusTimeout."""
         if self._client.is_reconnecting:
             raise BusTimeout("disconnected from NATS; nothing can be flushed")
-        async with _as_bus_errors("flush"):
+        async with self._as_bus_errors("flush"):
             # Twice: the client writes a PING straight to the socket, ahead of what waits for its flusher task.
             # The first round trip lets the flusher run; the second PING is then behind all that was said before.
             await self._client.flush(timeout=timeout_s)
@@ -205,12 +212,14 @@ class NatsBus:
     async def _failed(self, error: Exception) -> None:
         self._last_error = _reason(error)
         if isinstance(error, nats_errors.SlowConsumerError):
+            self.errors += 1
             log.warning("slow subscriber: message dropped", bus=self._name, subject=error.subject)
         else:
             log.debug("NATS client error", bus=self._name, reason=self._last_error)
 
     async def _disconnected(self) -> None:
         if not self._closing:
+            self.disconnects += 1
             log.warning("NATS connection lost; reconnecting", bus=self._name, url=redacted(self._url))
 
     async def _reconnected(self) -> None:
@@ -225,6 +234,26 @@ class NatsBus:
         log.error("NATS refused this client for good", bus=self._name, reason=self._last_error)
         if self._on_closed is not None:
             self._on_closed()
+
+    @contextlib.asynccontextmanager
+    async def _as_bus_errors(self, subject: str) -> AsyncIterator[None]:
+        try:
+            yield
+        except (nats_errors.Error, OSError) as error:  # TimeoutError is an OSError
+            raise self._bus_error(error, subject) from error
+
+    def _bus_error(self, error: Exception, subject: str) -> BusError:
+        """As our own; all but the lack of a responder, which is an answer, are counted."""
+        if isinstance(error, nats_errors.NoRespondersError):
+            return NoResponders(f"nobody serves {subject}")
+        self.errors += 1
+        match error:
+            case nats_errors.OutboundBufferLimitError():
+                return BusError(f"disconnected, and the outgoing buffer is full; {subject} not sent")
+            case nats_errors.TimeoutError() | TimeoutError():
+                return BusTimeout(f"NATS did not answer in time ({subject})")
+            case _:
+                return BusError(f"{_reason(error)} ({subject})")
 
 
 class _NatsSubscription:
@@ -257,23 +286,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ConnectionRefusedError):
         return "connection refused"
     return str(error).removeprefix("nats: ") or type(error).__name__
-
-
-@contextlib.asynccontextmanager
-async def _as_bus_errors(subject: str) -> AsyncIterator[None]:
-    try:
-        yield
-    except (nats_errors.Error, OSError) as error:  # TimeoutError is an OSError
-        raise _bus_error(error, subject) from error
-
-
-def _bus_error(error: Exception, subject: str) -> BusError:
-    match error:
-        case nats_errors.NoRespondersError():
-            return NoResponders(f"nobody serves {subject}")
-        case nats_errors.OutboundBufferLimitError():
-            return BusError(f"disconnected, and the outgoing buffer is full; {subject} not sent")
-        case nats_errors.TimeoutError() | TimeoutError():
-            return BusTimeout(f"NATS did not answer in time ({subject})")
-        case _:
-            return BusError(f"{_reason(error)} ({subject})")

@@ -10,7 +10,7 @@ import gc
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -18,16 +18,20 @@ import uvloop
 
 from common import logs
 from common.errors import StartupError
+from common.metrics import NATS_CONNECTED, NATS_DISCONNECTS, NATS_ERRORS, REDIS_ERRORS, Metrics
 from common.runtime.bus import Bus, BusError
-from common.runtime.bus_nats import connect_nats
+from common.runtime.bus_nats import NatsBus, connect_nats
+from common.runtime.exporter import ScrapeAddress, exporting
 from common.runtime.journal import JournalWriter
 from common.runtime.lease import LeaseLost
 from common.runtime.store import Store, StoreError
-from common.runtime.store_redis import connect_redis
+from common.runtime.store_redis import RedisStore, connect_redis
 from common.runtime.supervisor import Supervisor
 from common.settings import CommonSettings
 
 Start = Callable[[Bus, Store, asyncio.Event], Awaitable[None]]
+
+NOWHERE = ScrapeAddress("", 0)
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -44,15 +48,25 @@ class BusRefused(Exception):
     """NATS ended the connection for good."""
 
 
-def run_role(name: str, settings: CommonSettings, start: Start, *, patience_s: float = 5.0) -> int:
+def run_role(
+    name: str,
+    settings: CommonSettings,
+    start: Start,
+    *,
+    metrics: Metrics | None = None,
+    scrape: ScrapeAddress = NOWHERE,
+    patience_s: float = 5.0,
+) -> int:
     """Connect bus and store (trying for `patience_s`), run `start(bus, store, stop)` to its end, close both.
 
-    `start` returns when `stop` was set and it has drained. Returns the exit status; raises nothing.
+    `start` returns when `stop` was set and it has drained. `metrics`: of this process, answered to who scrapes at
+    `scrape` from the first moment on. Returns the exit status; raises nothing.
     """
     logs.setup(name, level=settings.log_level, as_json=settings.log_json)
+    measured = Metrics(name) if metrics is None else metrics
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(name, settings, start, patience_s))
+            runner.run(_serve(name, settings, start, measured, scrape, patience_s))
     except StartupError as error:
         sys.stderr.write(f"pecsched {name}: {error}\n")
         return EXIT_NOT_STARTED
@@ -69,7 +83,9 @@ def run_role(name: str, settings: CommonSettings, start: Start, *, patience_s: f
     return EXIT_OK
 
 
-async def _serve(name: str, settings: CommonSettings, start: Start, patience_s: float) -> None:
+async def _serve(
+    name: str, settings: CommonSettings, start: Start, metrics: Metrics, scrape: ScrapeAddress, patience_s: float
+) -> None:
     stop = asyncio.Event()
     refused = asyncio.Event()
 
@@ -78,13 +94,24 @@ async def _serve(name: str, settings: CommonSettings, start: Start, patience_s: 
         stop.set()
 
     with_signals(stop)
-    async with connected(name, settings, patience_s=patience_s, on_closed=on_closed) as (bus, store):
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(exporting(metrics, scrape))
+        connecting = connected(name, settings, patience_s=patience_s, on_closed=on_closed)
+        bus, store = await stack.enter_async_context(connecting)
+        _measure(metrics, bus, store)
         log.info("started")
         _calm_the_collector()
         await start(bus, store, stop)
         log.info("stopped")
     if refused.is_set():
         raise BusRefused
+
+
+def _measure(metrics: Metrics, bus: NatsBus, store: RedisStore) -> None:
+    metrics.read(NATS_CONNECTED, lambda: {(): bus.is_connected})
+    metrics.read(NATS_DISCONNECTS, lambda: {(): bus.disconnects})
+    metrics.read(NATS_ERRORS, lambda: {(): bus.errors})
+    metrics.read(REDIS_ERRORS, lambda: {(): store.errors})
 
 
 def _calm_the_collector() -> None:
@@ -146,7 +173,7 @@ def with_signals(stop: asyncio.Event) -> None:
 @asynccontextmanager
 async def connected(
     name: str, settings: CommonSettings, *, patience_s: float = 5.0, on_closed: Callable[[], None] | None = None
-) -> AsyncIterator[tuple[Bus, Store]]:
+) -> AsyncIterator[tuple[NatsBus, RedisStore]]:
     """Bus and store for the length of the block. Raises: StartupError, one line with the flag to set."""
     try:
         store = await connect_redis(settings.redis_url, patience_s=patience_s)

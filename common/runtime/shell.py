@@ -59,7 +59,7 @@ class CoreShell(Generic[EventT, CommandT]):
 
     `perform` carries out the commands of one event, in order; what can fail there ends in an event of
     its own, told back. An exception in the core or in `perform` ends `run`: the process must not go on
-    with a state nobody can vouch for.
+    with a state nobody can vouch for. `on_decision` is told how long each call of `handle` took, in seconds.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class CoreShell(Generic[EventT, CommandT]):
         mailbox_max: int = 10_000,
         journal: JournalSink | None = None,
         check_every_s: float = 1.0,
+        on_decision: Callable[[float], None] = lambda _duration_s: None,
     ) -> None:
         self.name = name
         self.core = core
@@ -81,6 +82,7 @@ class CoreShell(Generic[EventT, CommandT]):
         self._mailbox_max = mailbox_max
         self._journal = journal
         self._check_every_s = check_every_s
+        self._on_decision = on_decision
         self._checked_s = float("-inf")
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -135,7 +137,9 @@ class CoreShell(Generic[EventT, CommandT]):
     async def _step(self, event: EventT | TimePassed, now_s: float) -> None:
         started_s = perf_counter()
         commands = self.core.handle(event, now_s)
-        self.decisions.add(perf_counter() - started_s)
+        took_s = perf_counter() - started_s
+        self.decisions.add(took_s)
+        self._on_decision(took_s)
         if self._journal is not None:
             self._journal.append(now_s, event, commands)
         if commands:

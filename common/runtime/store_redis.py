@@ -86,6 +86,8 @@ class RedisStore:
     def __init__(self, client: Any, patience_s: float) -> None:
         self._client = client
         self._patience_s = patience_s
+        self.errors = 0
+        """Tries without an answer, or with an error for one."""
         self._acquire = client.register_script(ACQUIRE)
         self._renew = client.register_script(RENEW)
         self._release = client.register_script(RELEASE)
@@ -158,10 +160,12 @@ class RedisStore:
             try:
                 return await operation()
             except LOST as error:
+                self.errors += 1
                 if loop.time() + wait_s > give_up_s:
                     raise StoreError(_reason(error)) from error
                 log.debug("Redis does not answer; trying again", reason=_reason(error))
             except redis_errors.RedisError as error:
+                self.errors += 1
                 raise StoreError(_reason(error)) from error
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, longest_s)

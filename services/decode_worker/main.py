@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 
 from common.errors import StartupError
-from common.runtime.bus import Bus
 from common.runtime.shell import JournalSink
-from common.runtime.store import Store
 from common.settings import DecodeWorkerSettings
 from services.decode_worker.service import DecodeWorker
 from services.engine.data_plane import DataPlaneFactory
 from services.engine.interface import DecodeEngine, EngineError
-from services.worker.process import run_worker, serve_worker
+from services.worker.process import WorkerMeans, run_worker, serve_worker
 
 
 def main(settings: DecodeWorkerSettings) -> int:
@@ -20,14 +18,16 @@ def main(settings: DecodeWorkerSettings) -> int:
     return run_worker("decode", settings, serve)
 
 
-async def serve(settings: DecodeWorkerSettings, bus: Bus, store: Store, stop: asyncio.Event) -> None:
-    """Load the engine in a thread, then serve until `stop`. Raises: StartupError."""
+async def serve(settings: DecodeWorkerSettings, means: WorkerMeans) -> None:
+    """Load the engine in a thread, then serve until stopped. Raises: StartupError."""
     engine = await asyncio.to_thread(load_engine, settings)
 
     def make(data_plane: DataPlaneFactory, journal: JournalSink | None) -> DecodeWorker:
-        return DecodeWorker(settings, bus, store, engine, data_plane, journal=journal)
+        return DecodeWorker(
+            settings, means.bus, means.store, engine, data_plane, journal=journal, metrics=means.metrics
+        )
 
-    await serve_worker(settings, stop, make)
+    await serve_worker(settings, means.stop, make)
 
 
 def load_engine(settings: DecodeWorkerSettings) -> DecodeEngine:

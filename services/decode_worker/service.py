@@ -13,6 +13,7 @@ from common.logs import get_logger
 from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished
 from common.messages.prefill import KvReleased
 from common.messages.requests import RequestSpec, TokensGenerated
+from common.metrics import Metrics
 from common.policy.decode_events import (
     AcceptOffer,
     ActivateRow,
@@ -66,7 +67,9 @@ class DecodeWorker:
         data_plane: DataPlaneFactory,
         *,
         journal: JournalSink | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
+        measured = Metrics("decode-worker") if metrics is None else metrics
         self.settings = settings
         self.worker_id = worker_id_of("decode", settings)
         self.core = DecodeWorkerCore(config_of(settings, self.worker_id, engine))
@@ -81,6 +84,7 @@ class DecodeWorker:
             orders=DecodeOrder,
             at_stop=StopRequested(),
             journal=journal,
+            metrics=measured,
         )
         self.incarnation = self._shell.incarnation
         self._door = KvDoor(self.core, engine, self._shell.tell)
@@ -169,7 +173,7 @@ class DecodeWorker:
         try:
             self._engine.reserve(spec)
         except EngineError as error:
-            log.warning("no room", request=spec.request_id, reason=str(error))
+            log.warning("no room", request_id=spec.request_id, attempt=spec.attempt, reason=str(error))
             self._shell.tell(ReserveFailed(request_id=spec.request_id, attempt=spec.attempt, reason=str(error)))
         else:
             self._shell.tell(KvReserved(request_id=spec.request_id, attempt=spec.attempt))
@@ -179,7 +183,7 @@ class DecodeWorker:
             self._engine.activate(request_id, first_token)
         except EngineError as error:
             # The step that begins next contains it, and fails for the same reason: that is where the core hears of it.
-            log.error("not activated", request=request_id, reason=str(error))
+            log.error("not activated", request_id=request_id, reason=str(error))
 
     async def _steps(self) -> None:
         """One after the other, as the core orders them. One task for all: to make one costs as much as to decide."""
@@ -192,7 +196,7 @@ class DecodeWorker:
         try:
             sampled = await self._engine.step(request_ids)
         except EngineError as error:
-            log.error("a step failed", rows=len(request_ids), reason=str(error))
+            log.error("a step failed", request_ids=request_ids, reason=str(error))
             self._shell.tell(StepFailed(reason=str(error)))
             return
         tokens = (DecodedToken(request_id=s.request_id, token_id=s.token_id, logprob=s.logprob) for s in sampled)

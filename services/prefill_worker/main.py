@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
-from common.runtime.bus import Bus
 from common.runtime.shell import JournalSink
-from common.runtime.store import Store
 from common.settings import PrefillWorkerSettings
 from services.engine.collectives_door import open_group_links
 from services.engine.data_plane import DataPlaneFactory
 from services.engine.interface import PrefillEngine
 from services.prefill_worker.service import PrefillWorker
-from services.worker.process import run_worker, serve_worker
+from services.worker.process import WorkerMeans, run_worker, serve_worker
 
 
 def main(settings: PrefillWorkerSettings) -> int:
@@ -20,17 +18,26 @@ def main(settings: PrefillWorkerSettings) -> int:
     return run_worker("prefill", settings, serve)
 
 
-async def serve(settings: PrefillWorkerSettings, bus: Bus, store: Store, stop: asyncio.Event) -> None:
-    """Load the engine in a thread, then serve until `stop`. Raises: StartupError."""
+async def serve(settings: PrefillWorkerSettings, means: WorkerMeans) -> None:
+    """Load the engine in a thread, then serve until stopped. Raises: StartupError."""
     engine = await asyncio.to_thread(load_engine, settings)
     groups = open_group_links(
         host=settings.data_host, secret=settings.data_secret, silence_s=settings.silence_s, join_s=settings.join_s
     )
 
     def make(data_plane: DataPlaneFactory, journal: JournalSink | None) -> PrefillWorker:
-        return PrefillWorker(settings, bus, store, engine, data_plane, groups=groups, journal=journal)
+        return PrefillWorker(
+            settings,
+            means.bus,
+            means.store,
+            engine,
+            data_plane,
+            groups=groups,
+            journal=journal,
+            metrics=means.metrics,
+        )
 
-    await serve_worker(settings, stop, make)
+    await serve_worker(settings, means.stop, make)
 
 
 def load_engine(settings: PrefillWorkerSettings) -> PrefillEngine:

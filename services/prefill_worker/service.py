@@ -14,6 +14,7 @@ import sys
 from array import array
 from collections.abc import Awaitable, Callable
 from functools import partial
+from time import perf_counter
 from typing import assert_never
 
 from common.errors import StartupError
@@ -31,6 +32,7 @@ from common.messages.sp import (
     SegmentPrefilled,
     SegmentRunning,
 )
+from common.metrics import TRANSFER_TAIL, TRANSFERS_FAILED, Metrics
 from common.policy.prefill_events import (
     AbortHandoff,
     BreakShare,
@@ -105,7 +107,9 @@ class PrefillWorker:
         *,
         groups: GroupLinksFactory | None = None,
         journal: JournalSink | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
+        measured = Metrics("prefill-worker") if metrics is None else metrics
         self.settings = settings
         self.worker_id = worker_id_of("prefill", settings)
         self.core = PrefillWorkerCore(config_of(settings, self.worker_id, engine))
@@ -121,6 +125,7 @@ class PrefillWorker:
             orders=PrefillOrder,
             group_address=lambda: self._groups.address if self._groups is not None else "",
             journal=journal,
+            metrics=measured,
         )
         self.incarnation = self._shell.incarnation
         self._open_groups = groups
@@ -131,6 +136,8 @@ class PrefillWorker:
         """Of those whose ranks meet: set, if these are waited for no more."""
         self._handoffs: dict[RequestId, Handoff] = {}
         self._pass_id: int | None = None
+        self._tail_s = measured.histogram(TRANSFER_TAIL)
+        self._failed_handoffs = measured.counter(TRANSFERS_FAILED)
 
     def __repr__(self) -> str:
         return f"PrefillWorker({self.worker_id!r}, {self.core!r})"
@@ -365,9 +372,9 @@ class PrefillWorker:
             result = await compute()
         except EngineError as error:
             if isinstance(error, GroupBroken):  # somebody else's fault: no trace of it leads anywhere
-                log.warning("a pass failed: its group broke", error=str(error))
+                log.warning("a pass failed: its group broke", request_ids=self._in_pass(), error=str(error))
             else:
-                log.error("a pass failed", error=str(error), exc_info=error)
+                log.error("a pass failed", request_ids=self._in_pass(), error=str(error), exc_info=error)
             self._pass_ended(PassFailed(pass_id=pass_id, reason=str(error)))
             return
         if (lost := result.broken_off) is not None:
@@ -389,6 +396,10 @@ class PrefillWorker:
             )
         )
 
+    def _in_pass(self) -> list[RequestId]:
+        running = self.core.books.running
+        return [] if running is None else [segment.request_id for segment in running.segments]
+
     def _pass_ended(self, event: PassFinished | PassStopped | PassFailed) -> None:
         self._pass_id = None
         self._shell.tell(event)
@@ -402,14 +413,17 @@ class PrefillWorker:
     async def _finish_handoff(self, command: FinishHandoff, handoff: Handoff) -> None:
         trailer = KvTrailer(first_token=command.first_token, first_logprob=command.first_logprob)
         request_id, attempt = command.request_id, command.attempt
+        begun_s = perf_counter()
         try:
             await handoff.finish(trailer)
         except TransferFailed as error:
+            self._failed_handoffs.inc()
             log.warning("a handoff failed", request_id=request_id, attempt=attempt, error=str(error))
             lost = isinstance(error, PeerLost)
             failed = HandoffFailed(request_id=request_id, attempt=attempt, reason=str(error), peer_lost=lost)
             self._shell.tell(failed)
             return
+        self._tail_s.observe(perf_counter() - begun_s)
         self._shell.tell(HandoffFinished(request_id=request_id, attempt=attempt))
 
     async def _abort_handoff(self, command: AbortHandoff, handoff: Handoff) -> None:

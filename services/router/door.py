@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from typing import Any, Protocol
 
 from common.messages.views import ClusterView, StoryTold
+from common.metrics import Metrics
 from common.settings import RouterSettings
 from common.units import RequestId
 from services.router.activity_feed import ActivityFeed
@@ -24,6 +25,8 @@ class Door(Protocol):
     def leaving(self) -> bool:
         """It is to stop: connections should not be kept for another request."""
         ...
+
+    metrics: Metrics
 
     async def open(
         self, plan: Plan, *, request_id: RequestId, reply_inbox: str | None = None, traceparent: str = ""

@@ -12,15 +12,18 @@ import uvicorn
 from common import model_files
 from common.errors import StartupError
 from common.logs import get_logger
+from common.metrics import Metrics
 from common.runtime.bus import Bus
 from common.runtime.process import run_role
 from common.runtime.store import Store
 from common.runtime.supervisor import Supervisor
+from common.runtime.tracing import traced
 from common.settings import RouterSettings
 from services.router.model_text import ModelText, load
 from services.router.openai_http import create_app
 from services.router.service import Router
 
+ROLE = "router"
 BACKLOG = 2_048
 KEEP_ALIVE_S = 75
 CLOSE_S = 3
@@ -32,12 +35,16 @@ log = get_logger(__name__)
 def main(settings: RouterSettings) -> int:
     """Serve until a signal. Returns the exit status; 2, with one line on stderr, if it could not start."""
 
+    metrics = Metrics(ROLE)
+
     async def start(bus: Bus, store: Store, stop: asyncio.Event) -> None:
         text = await asyncio.to_thread(load_text, settings)
-        with listening(settings.host, settings.port, reuse_port=settings.reuse_port) as listener:
-            await serve(Router(settings, bus, store, text), listener, stop)
+        async with traced(ROLE, settings.otlp_endpoint, metrics) as tracer:
+            with listening(settings.host, settings.port, reuse_port=settings.reuse_port) as listener:
+                router = Router(settings, bus, store, text, metrics=metrics, tracer=tracer)
+                await serve(router, listener, stop)
 
-    return run_role("router", settings, start)
+    return run_role(ROLE, settings, start, metrics=metrics)
 
 
 def load_text(settings: RouterSettings) -> ModelText:

@@ -34,6 +34,7 @@ DESCRIPTION = "LLM serving in which short requests pause a long prefill"
 
 CONTENT_TYPE = "Content-Type"
 DONE = "Pecsched-Done"
+TRACEPARENT_CHARS_MAX = 128
 ENCODINGS: dict[str, Encoding] = {
     "application/json": "json",
     "application/msgpack": "msgpack",
@@ -121,7 +122,7 @@ class NatsApi:
         request_id = new_request_id() if request.request_id is None else check_request_id(request.request_id)
         try:
             plan = plan_generate(request, self._door.text.facts)
-            traceparent = delivery.headers.get("traceparent", "")[:128]
+            traceparent = _header(delivery, "traceparent")[:TRACEPARENT_CHARS_MAX]
             ticket = await self._door.open(
                 plan, request_id=request_id, reply_inbox=caller.inbox, traceparent=traceparent
             )
@@ -172,10 +173,15 @@ class NatsApi:
 
 def encoding_of(delivery: Delivery) -> Encoding:
     """By header, else by how the body begins. Raises: ApiError 415."""
-    given = next((value for name, value in delivery.headers.items() if name.lower() == "content-type"), None)
-    if given is None:
+    given = _header(delivery, "content-type")
+    if not given:
         return "json" if not delivery.data.strip() or delivery.data.lstrip()[:1] in b"{[" else "msgpack"
     found = ENCODINGS.get(given.partition(";")[0].strip().lower())
     if found is None:
         raise ApiError(415, "unsupported_content_type", f"{CONTENT_TYPE} {given!r} is none of {', '.join(ENCODINGS)}")
     return found
+
+
+def _header(delivery: Delivery, name: str) -> str:
+    """NATS takes the case of names for part of them, people do not. Empty: not given."""
+    return next((value for given, value in delivery.headers.items() if given.lower() == name), "")

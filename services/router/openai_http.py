@@ -25,6 +25,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from common.logs import get_logger
+from common.metrics import CONTENT_TYPE, RESPONSES
 from services.router import render
 from services.router.api_errors import ApiError
 from services.router.api_types import ChatRequest, CompletionRequest
@@ -41,8 +42,8 @@ BODY_S = 30.0
 """How long a client may take to send its body."""
 SEND_S = 60.0
 """How long a client may leave its connection's buffer full; its request was cancelled long before."""
-OPEN_PATHS = ("/health", "/live")
-"""Answered without an API key: probes have none."""
+OPEN_PATHS = ("/health", "/live", "/metrics")
+"""Answered without an API key: probes and scrapers have none."""
 TRACEPARENT_CHARS_MAX = 128
 STATE_ID = "pecsched.request_id"
 
@@ -69,6 +70,7 @@ def create_app(door: Door) -> ASGIApp:
             Route("/cluster", handlers.cluster),
             Route("/health", handlers.health),
             Route("/live", handlers.live),
+            Route("/metrics", handlers.metrics),
             *(page_routes(door.activity, guarded) if door.settings.pages_max else ()),
         ],
         middleware=[Middleware(Frontdesk, door=door)],
@@ -82,8 +84,8 @@ def create_app(door: Door) -> ASGIApp:
 
 
 class Frontdesk:
-    """Names the request, asks for the key, ends connections of a router that leaves. Plain ASGI, so that nothing
-    stands between a stream and its client."""
+    """Names the request, asks for the key, counts the answers, ends connections of a router that leaves. Plain ASGI, so
+    that nothing stands between a stream and its client."""
 
     def __init__(self, app: ASGIApp, door: Door) -> None:
         self._app = app
@@ -100,12 +102,14 @@ class Frontdesk:
         try:
             name = new_request_id() if given is None else check_request_id(given.decode("latin-1"))
         except ApiError as error:
+            self._door.metrics.counter(RESPONSES, str(error.status)).inc()
             await _error_response(error)(scope, receive, send)
             return
         scope.setdefault("state", {})[STATE_ID] = name
 
         async def send_named(message: Any) -> None:
             if message["type"] == "http.response.start":
+                self._door.metrics.counter(RESPONSES, str(message["status"])).inc()
                 own = [(b"x-request-id", name.encode()), *([(b"connection", b"close")] if self._door.leaving else [])]
                 message["headers"] = [*message.get("headers", ()), *own]
             await send(message)
@@ -194,6 +198,9 @@ class Handlers:
 
     async def live(self, request: Request) -> Response:
         return json_response({"status": "ok"})
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self.door.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
 
 
 class Generation(Response):

@@ -9,6 +9,8 @@ from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import msgspec
+
 from common.logs import get_logger
 from common.messages.cluster import RouterHeartbeat, RouterLeft
 from common.messages.locations import RouterLease
@@ -22,19 +24,22 @@ from common.messages.scheduling import (
     RequestSubmitted,
 )
 from common.messages.views import ClusterView, DescribeCluster, QueryFailed, StoryTold, TellStory
+from common.metrics import Metrics
 from common.runtime import keys, subjects, wire
 from common.runtime.bus import Bus, BusError, BusTimeout, Delivery, NoResponders
 from common.runtime.heartbeat import Heartbeat, show_life
 from common.runtime.store import Delete, Put, Store, StoreError, Touch, Write
 from common.runtime.supervisor import Supervisor
 from common.settings import RouterSettings
+from common.tracing import Tracer
 from common.units import Attempt, RequestId, RouterId
 from services.router.activity_feed import ActivityFeed
 from services.router.api_errors import ApiError
 from services.router.model_text import ModelText
 from services.router.nats_api import NatsApi
 from services.router.requests import Deliver, Desk, Effect, Fail, Submit, Withdraw, submission
-from services.router.tickets import Choice, Piece, Ticket, make_ticket
+from services.router.telemetry import RouterTelemetry, Times
+from services.router.tickets import Choice, Piece, RequestTrace, Ticket, make_ticket
 from services.router.validate import ChatPrompt, Plan, PromptInput, drafts
 
 T = TypeVar("T")
@@ -55,10 +60,20 @@ class Router:
     """`run` serves until `stop`. `open` may be called as soon as `run` has started."""
 
     def __init__(
-        self, settings: RouterSettings, bus: Bus, store: Store, text: ModelText, *, router_id: RouterId | None = None
+        self,
+        settings: RouterSettings,
+        bus: Bus,
+        store: Store,
+        text: ModelText,
+        *,
+        router_id: RouterId | None = None,
+        metrics: Metrics | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
+        """`tracer` None: requests are not traced here; a client's trace context is passed on."""
         self.settings = settings
         self.text = text
+        self.metrics = Metrics("router") if metrics is None else metrics
         self.router_id = router_id or RouterId(f"router-{settings.node}-{secrets.token_hex(4)}")
         self.address = f"{settings.host}:{settings.port}"
         """Of the HTTP door; `main` corrects it once the socket is bound."""
@@ -81,6 +96,7 @@ class Router:
         self._heartbeat = Heartbeat(settings.heartbeat_s, self._beat_and_watch)
         self._scheduler_seen_s = 0.0
         self.activity = ActivityFeed(bus, self.cluster, self.spawn, model=text.facts.name, pages_max=settings.pages_max)
+        self._telemetry = RouterTelemetry(self.metrics, tracer, text.facts.name, lambda: len(self._tickets))
 
     def __repr__(self) -> str:
         return f"Router({self.router_id!r}, requests={len(self._tickets)}, generations={len(self._desk)})"
@@ -163,17 +179,40 @@ class Router:
         traceparent: str = "",
     ) -> Ticket:
         """Tokenize, check lengths, and submit. Raises: ApiError (400, 409, 429, 503)."""
+        opened_s = self._now_s()
+        trace = self._telemetry.begin(plan, traceparent)
+        if self.settings.log_prompts:
+            log.info("asked", request_id=request_id, prompts=msgspec.to_builtins(plan.prompts))
+        try:
+            ticket = await self._make_ticket(plan, request_id, opened_s, trace)
+            passed_on = traceparent if trace is None else trace.context.traceparent
+            await self._open_all(ticket, reply_inbox, passed_on)
+        except ApiError as error:
+            self._telemetry.refused(request_id, error, trace, Times(opened_s, self._now_s()))
+            raise
+        self._mind_timers()
+        return ticket
+
+    async def _make_ticket(
+        self, plan: Plan, request_id: RequestId, opened_s: float, trace: RequestTrace | None
+    ) -> Ticket:
+        """Raises: ApiError."""
         self._admit(request_id, len(plan.prompts) * plan.n)
         ids = [await self._encode(prompt) for prompt in plan.prompts]
         found = drafts(plan, ids, self.text.facts, secrets.randbits(63))
         self._admit(request_id, len(found))  # again: others came while this one was tokenized
-        ticket = make_ticket(request_id, found, self.text.decode, choices_per_prompt=plan.n)
+        ticket = make_ticket(
+            request_id, found, self.text.decode, choices_per_prompt=plan.n, opened_s=opened_s, trace=trace
+        )
         for choice in ticket.choices:
             if choice.request_id in self._choices:
                 raise ApiError(409, "duplicate_request_id", f"a request {choice.request_id!r} is running")
-        self._tickets[request_id] = ticket
-        self._choices.update({choice.request_id: (ticket, i) for i, choice in enumerate(ticket.choices)})
+        return ticket
+
+    async def _open_all(self, ticket: Ticket, reply_inbox: str | None, traceparent: str) -> None:
         now_s = self._now_s()
+        self._tickets[ticket.request_id] = ticket
+        self._choices.update({choice.request_id: (ticket, i) for i, choice in enumerate(ticket.choices)})
         try:
             for choice in ticket.choices:
                 await self._perform(
@@ -182,13 +221,15 @@ class Router:
                     )
                 )
         except BaseException:
-            await self.close(ticket)
+            await self._forget(ticket)
             raise
-        self._mind_timers()
-        return ticket
 
     async def close(self, ticket: Ticket) -> None:
         """The client has all it wanted, or is gone: what still runs is cancelled."""
+        self._telemetry.closed(ticket, self._now_s())
+        await self._forget(ticket)
+
+    async def _forget(self, ticket: Ticket) -> None:
         self._tickets.pop(ticket.request_id, None)
         for choice in ticket.choices:
             self._choices.pop(choice.request_id, None)
@@ -266,6 +307,7 @@ class Router:
                 for chunk in event.chunks:
                     await self._perform(self._desk.tokens(chunk, now_s))
             case RequestAccepted():
+                self._note_class(event)
                 await self._perform(self._desk.accepted(event, now_s))
             case RequestRefused():
                 await self._perform(self._desk.refused(event))
@@ -275,6 +317,11 @@ class Router:
                 await self._perform(self._desk.failed(event))
         if not isinstance(event, TokensGenerated):
             self._mind_timers()
+
+    def _note_class(self, event: RequestAccepted) -> None:
+        found = self._choices.get(event.request_id)
+        if found is not None:
+            found[0].choices[found[1]].length_class = event.length_class
 
     async def _cancel_for_another(self, delivery: Delivery) -> None:
         if delivery.reply and await self._cancel_here(delivery.data.decode(errors="replace")):
@@ -295,8 +342,8 @@ class Router:
                 case Submit():
                     await self._submit(effect)
                 case Withdraw():
-                    message = CancelRequested(request_id=effect.request_id, router_id=self.router_id)
-                    await self._publish(subjects.SCHEDULER, wire.encode(message))
+                    cancel = CancelRequested(request_id=effect.request_id, router_id=self.router_id)
+                    await self._publish(subjects.SCHEDULER, wire.encode(cancel), request_id=effect.request_id)
                 case Deliver():
                     await self._deliver(effect)
                 case Fail():
@@ -312,7 +359,7 @@ class Router:
         message = wire.encode(RequestSubmitted(spec=spec))
         if stored is None:
             generation.sent = True
-            await self._publish(subjects.SCHEDULER, message)
+            await self._publish(subjects.SCHEDULER, message, request_id=effect.request_id)
             return
         self._prompts.setdefault(effect.request_id, set()).add(effect.attempt)
         # Not here: the store may take a while, and the cluster's other messages must not wait for it.
@@ -328,7 +375,7 @@ class Router:
         generation = self._desk.get(effect.request_id)
         if generation is not None and generation.attempt == effect.attempt:
             generation.sent = True
-            await self._publish(subjects.SCHEDULER, message)
+            await self._publish(subjects.SCHEDULER, message, request_id=effect.request_id)
 
     async def _deliver(self, effect: Deliver) -> None:
         found = self._choices.get(effect.request_id)
@@ -342,6 +389,7 @@ class Router:
             return
         text, stopped = choice.text.push(effect.token_ids, last=effect.finish_reason is not None)
         finish = "stop" if stopped else effect.finish_reason
+        self._telemetry.delivered(choice, len(effect.token_ids), finish, self._now_s())
         choice.generated += len(effect.token_ids)
         choice.ended = finish is not None
         ticket.put(Piece(index, text, effect.token_ids, effect.logprobs, finish))
@@ -357,12 +405,12 @@ class Router:
     async def _withdraw(self, request_id: RequestId) -> None:
         await self._perform(self._desk.withdraw(request_id))
 
-    async def _publish(self, subject: str, data: bytes) -> None:
+    async def _publish(self, subject: str, data: bytes, *, request_id: str = "") -> None:
         # What does not get through is sent again (submissions) or found by the scheduler's reconciling (cancels).
         try:
             await self._bus.publish(subject, data)
         except BusError as error:
-            log.warning("a message was not sent", subject=subject, error=str(error))
+            log.warning("a message was not sent", subject=subject, request_id=request_id, error=str(error))
 
     # --- time ------------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
-from common.messages.requests import FinishReason, TokenLogprob
+from common.messages.requests import FinishReason, LengthClass, TokenLogprob
+from common.tracing import TraceContext
 from common.units import RequestId
 from services.router.api_errors import ApiError
 from services.router.text import Decode, TextStream
@@ -44,6 +45,17 @@ class Usage:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class RequestTrace:
+    """The request's own span, which all others of it are part of."""
+
+    context: TraceContext
+    parent_id: str
+    """The client's span; empty: it has none."""
+    operation: str
+    """What was asked, in the words of OpenTelemetry's conventions."""
+
+
 @dataclass(slots=True)
 class Choice:
     """One generation of the request."""
@@ -51,6 +63,13 @@ class Choice:
     request_id: RequestId
     draft: Draft
     text: TextStream
+    opened_s: float
+    """When the request came. Times are the event loop's clock."""
+    first_s: float | None = None
+    last_s: float | None = None
+    """When the first tokens came, and the last ones."""
+    length_class: LengthClass | None = None
+    """None: the scheduler has not said it yet."""
     generated: int = 0
     ended: bool = False
 
@@ -62,6 +81,9 @@ class Ticket:
     request_id: RequestId
     choices: list[Choice]
     prompt_tokens: int
+    opened_s: float
+    trace: RequestTrace | None = None
+    """None: it is not traced."""
     _pieces: deque[Piece] = field(default_factory=deque)
     _error: ApiError | None = None
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -95,6 +117,11 @@ class Ticket:
     def whole(self) -> bool:
         """Ended well, and nothing is left to take."""
         return self._error is None and not self._pieces and all(choice.ended for choice in self.choices)
+
+    @property
+    def error(self) -> ApiError | None:
+        """With which it ended."""
+        return self._error
 
     @property
     def full(self) -> bool:
@@ -134,7 +161,13 @@ def _merged(pieces: Sequence[Piece]) -> list[Piece]:
 
 
 def make_ticket(
-    request_id: RequestId, drafts: Sequence[Draft], decode: Decode, *, choices_per_prompt: int = 1
+    request_id: RequestId,
+    drafts: Sequence[Draft],
+    decode: Decode,
+    *,
+    choices_per_prompt: int = 1,
+    opened_s: float = 0.0,
+    trace: RequestTrace | None = None,
 ) -> Ticket:
     """A choice per draft. One alone keeps the request's id; of several, choice i is `<id>-<i>`."""
     choices = [
@@ -142,8 +175,9 @@ def make_ticket(
             RequestId(request_id if len(drafts) == 1 else f"{request_id}-{i}"),
             draft,
             TextStream(decode, stops=draft.stop, stop_token_ids=draft.stop_token_ids),
+            opened_s,
         )
         for i, draft in enumerate(drafts)
     ]
     prompt_tokens = sum(len(draft.prompt_ids) for draft in drafts[::choices_per_prompt])
-    return Ticket(request_id, choices, prompt_tokens)
+    return Ticket(request_id, choices, prompt_tokens, opened_s, trace)

@@ -17,8 +17,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import msgspec
 
-from common.logs import get_logger
-from common.messages.base import Message
+from common.logs import about, get_logger
+from common.messages.base import Message, Record
 from common.messages.decode import ExpectKv
 from common.messages.prefill import (
     DropRequest,
@@ -37,6 +37,7 @@ from common.messages.sp import (
     ResumeGroup,
 )
 from common.messages.views import ClusterView, DescribeCluster, QueryFailed, StoryTold, TellStory
+from common.metrics import Metrics
 from common.policy.cluster import SchedulerConfig
 from common.policy.scheduler import Scheduler
 from common.policy.scheduler_io import (
@@ -57,7 +58,9 @@ from common.runtime.store import Delete, Put, Store, StoreError, Write
 from common.runtime.supervisor import Supervisor
 from common.runtime.wire import WireError, decode, encode, encode_record
 from common.settings import SchedulerSettings
+from common.tracing import Tracer
 from common.units import RequestId
+from services.scheduler.telemetry import SchedulerTelemetry
 
 log = get_logger(__name__)
 
@@ -171,6 +174,8 @@ class SchedulerService:
         *,
         owner: str,
         journal_of: JournalOf = no_journal,
+        metrics: Metrics | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self.epoch: int | None = None
         """Of the orders given; None: standing by."""
@@ -182,6 +187,9 @@ class SchedulerService:
         self._records = RequestRecords(store)
         self._shell: CoreShell[SchedulerEvent, SchedulerCommand] | None = None
         self._stop = asyncio.Event()
+        self._telemetry = SchedulerTelemetry(
+            Metrics("scheduler") if metrics is None else metrics, tracer, lambda: self.core
+        )
         self._counts = {"bus_errors": 0, "refused_messages": 0, "dropped_messages": 0}
 
     def __repr__(self) -> str:
@@ -215,7 +223,9 @@ class SchedulerService:
     async def _serve(self, tasks: Supervisor, epoch: int) -> None:
         self.core = Scheduler(config_of(self._settings), epoch)
         with self._journal_of(epoch) as journal:
-            shell = self._shell = CoreShell("scheduler", self.core, self._perform, journal=journal)
+            shell = self._shell = CoreShell(
+                "scheduler", self.core, self._perform, journal=journal, on_decision=self._telemetry.decision_s.observe
+            )
             running = tasks.spawn(shell.run(), name="scheduler core")
             inbox = await self._bus.subscribe(subjects.SCHEDULER, self._receive)
             queries = await self._bus.subscribe(subjects.SCHEDULER_QUERY, self._answer)
@@ -245,34 +255,40 @@ class SchedulerService:
     async def _perform(self, commands: list[SchedulerCommand]) -> None:
         for command in commands:
             match command:
-                case SaveRequest() | ForgetRequest():
+                case SaveRequest():
                     self._records.note(command)
+                case ForgetRequest():
+                    self._records.note(command)
+                    self._telemetry.ended(command.request_id, command.life)
                 case EndBusRequest():
                     await self._end_bus_request(command)
                 case WorkerKeptOut():
                     log.error("a worker is kept out", worker_id=command.worker_id, reason=command.reason)
                 case RunPrefill() | DropRequest() | ExpectKv():
                     await self._send(subjects.worker(command.worker_id), command)
-                case FormGroup() | PauseGroup() | ResumeGroup() | DissolveGroup():
+                case FormGroup():
+                    self._telemetry.planned(command)
+                    await self._send(subjects.COORDINATOR, command)
+                case PauseGroup() | ResumeGroup() | DissolveGroup():
                     await self._send(subjects.COORDINATOR, command)
                 case RequestAccepted() | RequestRefused() | RequestInterrupted() | RequestFailed():
                     await self._send(subjects.router(command.router_id), command)
 
     async def _send(self, subject: str, message: Message) -> None:
-        await self._publish(subject, encode(message), {})
+        await self._publish(subject, encode(message), {}, message)
 
     async def _end_bus_request(self, command: EndBusRequest) -> None:
         error = {"message": command.message, "type": "server_error", "param": None, "code": "router_lost"}
         body = {"request_id": command.request_id, "error": error, "done": True}
-        await self._publish(command.reply_inbox, json.dumps(body).encode(), {DONE_HEADER: "true"})
+        await self._publish(command.reply_inbox, json.dumps(body).encode(), {DONE_HEADER: "true"}, command)
 
-    async def _publish(self, subject: str, data: bytes, headers: dict[str, str]) -> None:
+    async def _publish(self, subject: str, data: bytes, headers: dict[str, str], what: Record) -> None:
         try:
             await self._bus.publish(subject, data, headers=headers)
         except BusError as error:
             # As good as lost on the way; heartbeats mend what depended on it.
             self._counts["bus_errors"] += 1
-            log.warning("a message could not be sent", subject=subject, error=str(error))
+            log.warning("a message could not be sent", subject=subject, error=str(error), **about(what))
 
     # --- questions -------------------------------------------------------------------------------
 
@@ -283,7 +299,7 @@ class SchedulerService:
             answer = self._answer_to(decode(delivery.data, Query))
         except WireError as error:
             answer = QueryFailed(message=str(error))
-        await self._publish(delivery.reply, encode(answer), {})
+        await self._publish(delivery.reply, encode(answer), {}, answer)
 
     def _answer_to(self, query: Query) -> Message:
         assert self.core is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from common.logs import get_logger
+from common.logs import about, get_logger
 from common.messages.cluster import CoordinatorHeartbeat, CoordinatorLeft
 from common.messages.sp import (
     DropSegment,
@@ -14,6 +14,7 @@ from common.messages.sp import (
     PauseSegment,
     RunSegment,
 )
+from common.metrics import Metrics
 from common.policy.sp_coordinator import SpCoordinator as Core
 from common.policy.sp_io import CoordinatorCommand, CoordinatorEvent, CoordinatorHeard, StopAsked
 from common.runtime import keys, subjects
@@ -26,6 +27,7 @@ from common.runtime.supervisor import Supervisor
 from common.runtime.wire import WireError, decode, encode
 from common.settings import CoordinatorSettings
 from common.units import CoordinatorId
+from services.sp_coordinator.telemetry import CoordinatorTelemetry
 
 log = get_logger(__name__)
 
@@ -45,6 +47,7 @@ class SpCoordinator:
         incarnation: str,
         coordinator_id: str = "sp",
         journal: JournalSink | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self.core = Core(settings.answer_s)
         self.bus_errors = 0
@@ -59,6 +62,11 @@ class SpCoordinator:
         self._stop = asyncio.Event()
         self._heartbeat = Heartbeat(settings.heartbeat_s, self._say_what_is_driven)
         self._undriven = asyncio.Event()
+        self._active = False
+        self._telemetry = CoordinatorTelemetry(
+            Metrics("sp-coordinator") if metrics is None else metrics,
+            lambda: len(self.core.driving()) if self._active else None,
+        )
         self._in_order = asyncio.Lock()
         """A heartbeat that lacks a group must not overtake the word of how that group ended."""
 
@@ -76,6 +84,7 @@ class SpCoordinator:
                 tasks.spawn(show_life(self._settings.alive_file, self._settings.heartbeat_s), name="sign of life")
                 if await self._lease.stand_by(tasks, self._stop) is None:
                     return
+                self._active = True
                 tasks.spawn(self._shell.run(), name="coordinator core")
                 subscription = await self._bus.subscribe(subjects.COORDINATOR, self._receive)
                 self._bus.on_reconnect(self._heartbeat.now)
@@ -120,6 +129,7 @@ class SpCoordinator:
                     case LoadSegment() | RunSegment() | PauseSegment() | DropSegment():
                         await self._publish(subjects.worker(command.worker_id), command)
                     case _:
+                        self._telemetry.said(command, asyncio.get_running_loop().time())
                         await self._publish(subjects.SCHEDULER, command)
         if not self.core.driving():
             self._undriven.set()
@@ -132,7 +142,7 @@ class SpCoordinator:
         except BusError as error:
             # As good as lost on the way: the bounds of the core cover members, heartbeats the scheduler.
             self.bus_errors += 1
-            log.warning("a message could not be sent", subject=subject, error=str(error))
+            log.warning("a message could not be sent", subject=subject, error=str(error), **about(message))
 
     async def _say_what_is_driven(self) -> None:
         async with self._in_order:

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -14,7 +15,9 @@ import msgspec
 
 from common.errors import StartupError
 from common.messages.cluster import WorkerRole
+from common.metrics import Metrics
 from common.runtime.bus import Bus
+from common.runtime.exporter import ScrapeAddress
 from common.runtime.process import Service, open_journal, run_role, serve_until
 from common.runtime.shell import JournalSink
 from common.runtime.store import Store
@@ -25,22 +28,37 @@ from services.engine.transport import open_data_plane
 AUTO = "auto"
 NATS_PORT = 4222
 
+
+@dataclass(frozen=True, slots=True)
+class WorkerMeans:
+    """What the process has for its worker."""
+
+    bus: Bus
+    store: Store
+    metrics: Metrics
+    stop: asyncio.Event
+
+
 SettingsT = TypeVar("SettingsT", bound=WorkerSettings)
 
 
 def run_worker(
-    role: WorkerRole, settings: SettingsT, serve: Callable[[SettingsT, Bus, Store, asyncio.Event], Awaitable[None]]
+    role: WorkerRole, settings: SettingsT, serve: Callable[[SettingsT, WorkerMeans], Awaitable[None]]
 ) -> int:
     """Runs until a signal; returns the exit status. A worker without a name is named after host and process."""
     if not settings.worker_id:
         host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())
         settings = msgspec.structs.replace(settings, worker_id=f"{role}-{host}-{os.getpid()}")
 
+    name = f"{role}-worker"
+    metrics = Metrics(name, settings.worker_id)
+
     async def start(bus: Bus, store: Store, stop: asyncio.Event) -> None:
         host = await asyncio.to_thread(data_host_of, settings)
-        await serve(msgspec.structs.replace(settings, data_host=host), bus, store, stop)
+        await serve(msgspec.structs.replace(settings, data_host=host), WorkerMeans(bus, store, metrics, stop))
 
-    return run_role(f"{role}-worker", settings, start)
+    scrape = ScrapeAddress(settings.metrics_host, settings.metrics_port)
+    return run_role(name, settings, start, metrics=metrics, scrape=scrape)
 
 
 def data_host_of(settings: WorkerSettings) -> str:

@@ -14,10 +14,11 @@ from typing import Any, Generic, Protocol, TypeVar
 from uuid import uuid4
 
 from common.errors import StartupError
-from common.logs import get_logger
+from common.logs import about, get_logger
 from common.messages.base import Message
 from common.messages.cluster import Holding, WorkerHeartbeat, WorkerLeft, WorkerProfile, WorkerRole
 from common.messages.locations import KvLocation, WorkerLease
+from common.metrics import Metrics
 from common.policy.core import Core, TimePassed
 from common.runtime import keys, subjects, wire
 from common.runtime.bus import Bus, BusError, Delivery
@@ -31,6 +32,7 @@ from common.settings import WorkerSettings
 from common.units import RequestId, WorkerId
 from services.engine.data_plane import DataPlane, DataPlaneFactory, KvReceiver
 from services.engine.interface import DecodeEngine, PrefillEngine
+from services.worker.telemetry import watch_worker
 
 log = get_logger(__name__)
 
@@ -82,6 +84,7 @@ class WorkerShell(Generic[EventT, CommandT]):
         at_stop: EventT | None = None,
         group_address: Callable[[], str] = lambda: "",
         journal: JournalSink | None = None,
+        metrics: Metrics,
     ) -> None:
         self.incarnation = uuid4().hex
         self._role = role
@@ -98,6 +101,7 @@ class WorkerShell(Generic[EventT, CommandT]):
         )
         self._plane: DataPlane | None = None
         self._kept = WriteBehind(ports.store, ttl_s=settings.lease_s)
+        watch_worker(metrics, worker_id, ports.engine, core.holdings)
         self._heartbeat = Heartbeat(settings.heartbeat_s, self._beat)
         self._tasks = Supervisor()
         self._stopping = asyncio.Event()
@@ -191,7 +195,7 @@ class WorkerShell(Generic[EventT, CommandT]):
         try:
             await self._ports.bus.publish(subject, wire.encode(message))
         except BusError as error:
-            log.warning("message lost", message=type(message).__name__, error=str(error))
+            log.warning("message lost", error=str(error), **about(message))
 
     def keep_location(self, location: KvLocation) -> None:
         """Whose KV lies here, for whoever looks into the store."""
@@ -211,7 +215,7 @@ class WorkerShell(Generic[EventT, CommandT]):
         try:
             self.tell(order)
         except MailboxFull as error:
-            log.error("order dropped", error=str(error))
+            log.error("order dropped", error=str(error), **about(order))
 
     async def _perform_all(self, commands: list[CommandT]) -> None:
         await self._perform(commands)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 from common.messages.cluster import StepCost
 from common.messages.requests import SamplingParams
 from common.messages.views import ClusterView
+from common.metrics import Metrics
 from common.policy.scheduler import Scheduler
 from common.runtime import keys
 from common.runtime.bus_memory import MemoryBroker, MemoryBus
@@ -30,6 +31,7 @@ from common.settings import (
     RouterSettings,
     SchedulerSettings,
 )
+from common.tracing import Tracer
 from services.decode_worker.service import DecodeWorker
 from services.engine.collectives import GroupLinks
 from services.engine.collectives_memory import MemoryGroupHub
@@ -115,6 +117,7 @@ class Answer:
     prompt_ids: tuple[int, ...]
     max_tokens: int
     router: str
+    traceparent: str = ""
     tokens: list[int] = field(default_factory=list)
     error: ApiError | None = None
     cancelled: bool = False
@@ -178,9 +181,13 @@ class Cluster:
         journal: JournalSink | None = None,
         coordinators: int = 1,
         worker: dict[str, Any] | None = None,
+        tracer: Tracer | None = None,
         **scheduler: Any,
     ) -> None:
         """`worker`: settings of the prefill workers; what is not named here, of the scheduler."""
+        self.metrics: dict[str, Metrics] = {}
+        """Of the last process of each name."""
+        self._tracer = tracer
         self.broker = MemoryBroker(seed=seed)
         self.store = MemoryStore()
         self.hub = MemoryHub(seed=seed)
@@ -213,25 +220,53 @@ class Cluster:
             return nullcontext(self._journal)
 
         owner = f"scheduler-{self._starts}"
-        return SchedulerService(self._settings, bus, cast(Any, gate), owner=owner, journal_of=journal_of)
+        measured = self._measured(node)
+        return SchedulerService(
+            self._settings,
+            bus,
+            cast(Any, gate),
+            owner=owner,
+            journal_of=journal_of,
+            metrics=measured,
+            tracer=self._tracer,
+        )
+
+    def _measured(self, node: Node) -> Metrics:
+        self.metrics[node.name] = Metrics(node.name)
+        return self.metrics[node.name]
 
     def _make_coordinator(self, bus: MemoryBus, gate: Gate, node: Node) -> SpCoordinator:
-        return SpCoordinator(CoordinatorSettings(), bus, cast(Any, gate), incarnation=f"start-{self._starts}")
+        incarnation = f"start-{self._starts}"
+        return SpCoordinator(
+            CoordinatorSettings(), bus, cast(Any, gate), incarnation=incarnation, metrics=self._measured(node)
+        )
 
     def _make_prefill(self, bus: MemoryBus, gate: Gate, node: Node) -> PrefillWorker:
         engine = node.engine = TimedPrefillEngine(self.shape)
         node_name = self._node_of[node.name]
         settings = PrefillWorkerSettings(worker_id=node.name, engine="timed", node=node_name, **self._worker)
         groups = self._groups_of(node)
-        return PrefillWorker(settings, bus, cast(Any, gate), engine, self._plane_of(node), groups=groups)
+        measured = self._measured(node)
+        return PrefillWorker(
+            settings, bus, cast(Any, gate), engine, self._plane_of(node), groups=groups, metrics=measured
+        )
 
     def _make_decode(self, bus: MemoryBus, gate: Gate, node: Node) -> DecodeWorker:
         engine = node.engine = TimedDecodeEngine(self.shape)
         settings = DecodeWorkerSettings(worker_id=node.name, engine="timed")
-        return DecodeWorker(settings, bus, cast(Any, gate), engine, self._plane_of(node))
+        measured = self._measured(node)
+        return DecodeWorker(settings, bus, cast(Any, gate), engine, self._plane_of(node), metrics=measured)
 
     def _make_router(self, bus: MemoryBus, gate: Gate, node: Node) -> Router:
-        return Router(RouterSettings(), bus, cast(Any, gate), cast(ModelText, Words()), router_id=cast(Any, node.name))
+        return Router(
+            RouterSettings(),
+            bus,
+            cast(Any, gate),
+            cast(ModelText, Words()),
+            router_id=cast(Any, node.name),
+            metrics=self._measured(node),
+            tracer=self._tracer,
+        )
 
     def _plane_of(self, node: Node) -> DataPlaneFactory:
         def make(receiver: KvReceiver | None) -> DataPlane:
@@ -327,10 +362,11 @@ class Cluster:
 
     # --- clients ---------------------------------------------------------------------------------
 
-    def submit(self, prompt_tokens: int, max_tokens: int = 8, *, router: str = "r0") -> Answer:
+    def submit(self, prompt_tokens: int, max_tokens: int = 8, *, router: str = "r0", traceparent: str = "") -> Answer:
         self._serial += 1
         ids = tuple(self.random.randrange(VOCAB) for _ in range(prompt_tokens))
-        answer = Answer(f"q{self._serial}", ids, max_tokens, router, asked_s=asyncio.get_running_loop().time())
+        now_s = asyncio.get_running_loop().time()
+        answer = Answer(f"q{self._serial}", ids, max_tokens, router, traceparent, asked_s=now_s)
         answer.task = asyncio.get_running_loop().create_task(self._client(answer), name=f"client {answer.request_id}")
         self.answers.append(answer)
         return answer
@@ -350,7 +386,7 @@ class Cluster:
         )
         ticket: Ticket | None = None
         try:
-            ticket = await router.open(plan, request_id=answer.request_id)
+            ticket = await router.open(plan, request_id=answer.request_id, traceparent=answer.traceparent)
             async for piece in ticket.pieces():
                 if answer.first_token_s is None:
                     answer.first_token_s = asyncio.get_running_loop().time()

@@ -34,6 +34,7 @@ ROLES: dict[str, type[CommonSettings]] = {
     "timed-prefill-worker": PrefillWorkerSettings,
     "timed-decode-worker": DecodeWorkerSettings,
 }
+METRICS_PORT = 9100
 ONE_SHOT = {"model"}
 WITHOUT_PRIVATE_NETWORK = {"model", "prometheus", "grafana"}
 """Services that compose.host.yaml leaves as they are."""
@@ -164,6 +165,16 @@ def test_the_environment_is_one_that_the_role_takes(name: str) -> None:
         assert settings.engine == ("timed" if name.startswith("timed") else "torch")
     if isinstance(settings, RouterSettings):
         assert (settings.host, settings.port) == ("0.0.0.0", 8000)
+    else:
+        assert (settings.metrics_host, settings.metrics_port) == ("0.0.0.0", METRICS_PORT)
+
+
+def test_prometheus_finds_every_role_where_it_answers() -> None:
+    found = {}
+    for job in yaml.safe_load((FOLDER / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]:
+        (names,) = job["dns_sd_configs"]
+        found |= dict.fromkeys(names["names"], names["port"])
+    assert found == {name: 8000 if ROLES[name] is RouterSettings else METRICS_PORT for name in ROLES}
 
 
 def test_every_setting_of_a_role_is_passed_on() -> None:
@@ -209,6 +220,8 @@ def test_on_the_host_the_environment_is_one_that_the_role_takes(name: str) -> No
     assert settings.nats_url == "nats://127.0.0.1:4333"
     if isinstance(settings, RouterSettings):
         assert (settings.host, settings.port, settings.reuse_port) == ("127.0.0.1", 9000, True)
+    else:
+        assert settings.metrics_port == 0, "of several processes on one network only one could have it"
 
 
 def test_on_gpus_workers_have_one_and_know_it() -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from common.errors import StartupError
-from common.runtime.bus import Bus
+from common.metrics import NATS_CONNECTED, NATS_ERRORS, REDIS_ERRORS, ROLE_INFO, Metrics
+from common.runtime.bus import Bus, BusError
+from common.runtime.exporter import ScrapeAddress
 from common.runtime.process import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -24,6 +28,7 @@ from common.runtime.process import (
 from common.runtime.store import Store
 from common.settings import CommonSettings
 from services.embedded import EmbeddedServer, free_port
+from tests.exposition import Scrape
 
 WAIT_S = 10.0
 
@@ -53,6 +58,33 @@ def test_a_role_has_a_bus_and_a_store(servers: CommonSettings) -> None:
         assert not stop.is_set()
 
     assert run_role("test", servers, start) == EXIT_OK
+
+
+def test_a_role_is_scraped_while_it_runs_and_says_how_it_is_connected(servers: CommonSettings) -> None:
+    at = ScrapeAddress("127.0.0.1", free_port())
+    found: list[Scrape] = []
+
+    async def start(bus: Bus, store: Store, stop: asyncio.Event) -> None:
+        with pytest.raises(BusError):
+            await bus.publish("subject", b"x" * (bus.max_payload + 1))
+        await store.ping()
+        async with httpx.AsyncClient(trust_env=False) as http:
+            found.append(Scrape((await http.get(f"http://{at.host}:{at.port}/metrics")).text))
+
+    metrics = Metrics("scheduler", "s-1")
+    assert run_role("scheduler", servers, start, metrics=metrics, scrape=at) == EXIT_OK
+    (scrape,) = found
+    assert scrape.value(NATS_CONNECTED) == 1
+    assert scrape.value(REDIS_ERRORS) == scrape.value(NATS_ERRORS) == 0, "what is never sent is no error of NATS"
+    assert scrape.value(ROLE_INFO, role="scheduler", name="s-1") == 1
+
+
+def test_a_metrics_port_that_is_taken_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        at = ScrapeAddress("127.0.0.1", other.getsockname()[1])
+        assert run_role("scheduler", CommonSettings(), nothing, scrape=at) == EXIT_NOT_STARTED
+    expected = f"pecsched scheduler: cannot listen on {at.host}:{at.port} for metrics: Address already in use; "
+    assert capsys.readouterr().err == expected + "pass another --metrics-host or --metrics-port (0: none)\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

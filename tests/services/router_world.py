@@ -32,6 +32,7 @@ from common.runtime.bus_memory import MemoryBroker, MemoryBus
 from common.runtime.store_memory import MemoryStore
 from common.runtime.supervisor import Supervisor
 from common.settings import RouterSettings
+from common.tracing import Tracer
 from common.units import WorkerId
 from services.router.model_text import ModelText, load
 from services.router.openai_http import create_app
@@ -261,11 +262,14 @@ class World:
 
 
 @asynccontextmanager
-async def world(*, answer: str = "Paris, on the Seine.", **settings: Any) -> AsyncIterator[World]:
+async def world(
+    *, answer: str = "Paris, on the Seine.", tracer: Tracer | None = None, **settings: Any
+) -> AsyncIterator[World]:
     broker, store = MemoryBroker(), MemoryStore()
     buses = [MemoryBus(broker, "router"), MemoryBus(broker, "cluster")]
     cluster = FakeCluster(buses[1], store, answer)
-    router = Router(RouterSettings(**{"drain_s": 0.05, "late_s": 0.0, **settings}), buses[0], store, tiny_text())
+    settings = {"drain_s": 0.05, "late_s": 0.0, **settings}
+    router = Router(RouterSettings(**settings), buses[0], store, tiny_text(), tracer=tracer)
     transport = httpx.ASGITransport(create_app(router), raise_app_exceptions=False)
     async with Supervisor() as tasks, httpx.AsyncClient(transport=transport, base_url="http://router") as http:
         await cluster.serve(tasks)

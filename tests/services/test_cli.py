@@ -12,7 +12,7 @@ from common.messages.cluster import StepCost, WorkerProfile
 from common.messages.views import ClusterView, RequestView, WorkerView
 from common.settings_loader import SettingsError
 from services import cli
-from services.local_plan import make_plan, role_environment, threads_per_worker
+from services.local_plan import make_plan, measured_roles, role_environment, threads_per_worker
 from services.local_report import missing_parts, table
 from services.run_file import RunFile, find_running, read_run_file, remove_run_file, started_s, write_run_file
 from services.status import render
@@ -140,7 +140,13 @@ def test_ask_names_the_address_that_does_not_answer(home):
 
 def run_file(pid, started):
     return RunFile(
-        pid=pid, started_s=started, url="http://h:1", nats_url="nats://h:2", log_dir="/logs", pids={"router": 1}
+        pid=pid,
+        started_s=started,
+        url="http://h:1",
+        nats_url="nats://h:2",
+        log_dir="/logs",
+        pids={"router": 1},
+        metrics={},
     )
 
 
@@ -219,6 +225,18 @@ def test_plan_drains_the_door_first_and_the_scheduler_last():
     secrets = {role.instead["data_secret"] for role in plan.workers}
     assert len(secrets) == 1
     assert all(secrets)
+
+
+def test_each_role_but_the_router_has_a_metrics_port_of_its_own():
+    serve = cli.ServeSettings(prefill_workers=1, metrics_host="0.0.0.0")
+    assert measured_roles(serve) == 4
+    plan = make_plan(serve, 8000, (9101, 9102, 9103, 9104))
+    assert plan.metrics_ports == {"scheduler": 9101, "sp-coordinator": 9102, "prefill-0": 9103, "decode-0": 9104}
+    for role in plan.roles:
+        env = role_environment(role, serve, {}, "nats://n", "redis://r")
+        assert env.get("PECSCHED_METRICS_PORT") == (str(plan.metrics_ports.get(role.name, "")) or None)
+        assert env.get("PECSCHED_METRICS_HOST") == (None if role.name == "router" else "0.0.0.0")
+    assert make_plan(serve, 8000).metrics_ports == {}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ restarts, drain, and that nothing is left behind however it ends."""
 import json
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -53,6 +54,10 @@ def test_it_starts_everything_says_so_and_drains_in_order(serve, tmp_path):
         run = json.loads((tmp_path / "pecsched" / "serve.json").read_text())
         assert run["pid"] == running.process.pid
         assert run["pids"] == pids
+        roles = ("scheduler", "sp-coordinator", "prefill-0", "decode-0", "router")
+        assert run["metrics"] == {role: f"http://{running.metrics(role)}/metrics" for role in roles}
+        assert len(set(run["metrics"].values())) == len(roles)
+        assert running.metrics("nats") == "-"
         running.process.send_signal(signal.SIGINT)
         status, err = running.end()
     assert (status, err) == (0, "")
@@ -75,6 +80,17 @@ def test_a_killed_child_is_replaced_and_the_reason_is_printed(serve, name):
         status, _ = running.end()
     assert status == 0
     assert not psutil.pid_exists(new_pid)
+
+
+def test_a_metrics_port_that_is_taken_is_said_before_anything_starts(serve):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        first = other.getsockname()[1] - 2
+        with serve("--metrics-port", str(first)) as running:
+            status, err = running.end()
+    assert status == 2
+    expected = f"pecsched serve: cannot listen on 127.0.0.1:{first + 2} for metrics: Address already in use; "
+    assert err == expected + "choose others with --metrics-port\n"
+    assert running.lines == []
 
 
 def test_a_role_that_cannot_start_ends_it_with_the_roles_own_words(serve):
