@@ -123,8 +123,9 @@ def _running(core: Scheduler) -> Values:
 
 
 def _waiting(core: Scheduler) -> Values:
-    waiting = {(cls,): count for (cls, state), count in core.tally().items() if state is RequestState.QUEUED}
-    return {(each,): 0.0 for each in CLASSES} | waiting
+    waiting: dict[tuple[str, ...], float] = {(each,): 0.0 for each in CLASSES}
+    waiting.update(((cls,), count) for (cls, state), count in core.tally().items() if state is RequestState.QUEUED)
+    return waiting
 
 
 def _workers(core: Scheduler) -> Values:

@@ -12,6 +12,7 @@ from common.messages.cluster import WorkerLeft
 from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished
 from common.messages.locations import KvLocation, WorkerLease
 from common.messages.prefill import KvReleased
+from common.metrics import Metrics
 from common.runtime import keys, subjects
 from common.runtime.bus_memory import MemoryBroker, MemoryBus
 from common.runtime.store_memory import MemoryStore
@@ -23,6 +24,7 @@ from services.decode_worker.main import load_engine, serve
 from services.decode_worker.service import DecodeWorker
 from services.engine.timed import TimedDecodeEngine
 from services.engine.transport import open_data_plane
+from services.worker.process import WorkerMeans
 from tests.services.decode_world import SHAPE, WORKER, DecodeWorld, decode_world, spec_of, wanted_tokens
 
 
@@ -292,7 +294,8 @@ async def test_the_process_serves_over_tcp_until_it_is_told_to_stop(tmp_path) ->
         heard.put_nowait(delivery.data)
 
     await MemoryBus(broker).subscribe(subjects.SCHEDULER, listen)
-    serving = asyncio.ensure_future(serve(settings, MemoryBus(broker, WORKER), store, stop))
+    means = WorkerMeans(MemoryBus(broker, WORKER), store, Metrics("decode-worker"), stop)
+    serving = asyncio.ensure_future(serve(settings, means))
     assert b"WorkerHeartbeat" in await asyncio.wait_for(heard.get(), 10)
     stop.set()
     await asyncio.wait_for(serving, 10)
@@ -301,7 +304,7 @@ async def test_the_process_serves_over_tcp_until_it_is_told_to_stop(tmp_path) ->
             assert b"WorkerHeartbeat" in said
     assert (tmp_path / "journal").stat().st_size > 0
     with pytest.raises(StartupError, match="journal"):
-        await serve(settings, MemoryBus(broker), store, stop)
+        await serve(settings, replace(means, bus=MemoryBus(broker)))
 
 
 def test_the_engine_is_the_one_that_the_settings_name() -> None:
