@@ -35,6 +35,7 @@ _PECSCHED = Meta(extra={ONLY_WITH: {"policy": ("pecsched",)}})
 _PAUSES = Meta(extra={ONLY_WITH: {"policy": ("pecsched",), "preemption": (True,)}})
 _AGED = Meta(extra={ONLY_WITH: {"policy": ("pecsched",), "long_order": ("remaining",)}})
 GROUP_MAX = 64
+_ELASTIC = Meta(extra={ONLY_WITH: {"policy": ("pecsched",), "group_max": tuple(range(2, GROUP_MAX + 1))}})
 _GROUPS = Meta(extra={ONLY_WITH: {"group_max": tuple(range(2, GROUP_MAX + 1))}})
 _INSTEAD_OF_NODES = Meta(extra={NOT_WITH: ("workers_per_node",)})
 _RESERVATION = Meta(extra={ONLY_WITH: {"policy": ("reservation",)}})
@@ -135,6 +136,9 @@ class SchedulerSettings(CommonSettings, frozen=True, kw_only=True):
         _PECSCHED,
         Meta(description="replicas that longs leave to shorts, for each that these have kept busy lately"),
     ] = 2.5
+    elastic: Annotated[
+        bool, _ELASTIC, Meta(description="a long that prefills takes in workers that have become idle")
+    ] = True
     reserved_long_tokens: Annotated[
         int, _RESERVATION, Meta(ge=1, le=10_000_000, description="longest prompt that replicas are set aside for")
     ] = 500_000

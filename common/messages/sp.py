@@ -49,6 +49,20 @@ class DissolveGroup(Message, frozen=True, kw_only=True):
     attempt: Attempt
 
 
+class GrowGroup(Message, frozen=True, kw_only=True):
+    """Take more workers into a group that prefills, at the end of a chunk. Answered by `GroupGrown`, whatever comes of
+    it: a group that cannot, or that is paused or done sooner, goes on as it was."""
+
+    request_id: RequestId
+    attempt: Attempt
+    growth: int
+    """Which try of this group it is, from 1."""
+    members: tuple[WorkerId, ...]
+    """Of the larger group, in rank order; rank 0 stays rank 0."""
+    addresses: tuple[str, ...]
+    """As in `FormGroup`."""
+
+
 # --- coordinator → scheduler ---------------------------------------------------------------------
 
 
@@ -75,6 +89,20 @@ class GroupResumed(Message, frozen=True, kw_only=True):
 
     request_id: RequestId
     attempt: Attempt
+
+
+class GroupGrown(Message, frozen=True, kw_only=True):
+    """How a try to grow ended."""
+
+    request_id: RequestId
+    attempt: Attempt
+    growth: int
+    members: tuple[WorkerId, ...]
+    """From here on, in rank order: all that were asked for, or those it had."""
+    prefilled_tokens: Tokens = 0
+    """Where the larger group took over."""
+    reason: str = ""
+    """Why it is as it was."""
 
 
 class GroupPrefillFinished(Message, frozen=True, kw_only=True):
@@ -130,15 +158,41 @@ class LoadSegment(Message, frozen=True, kw_only=True):
     addresses: tuple[str, ...] = ()
     """Of all ranks, as in `FormGroup`."""
     scheme: GroupScheme = RING
+    growth: int = 0
+    """Above 0: a group that prefills takes this rank in; what it begins with, `RunSegment` says."""
 
 
-class RunSegment(Message, frozen=True, kw_only=True):
-    """Start, or resume at the step where it stopped. Answered by `SegmentRunning`; no step is run twice. A follower
-    answers when no short stands between it and what rank 0 may call it to."""
+class MeetRanks(Message, frozen=True, kw_only=True):
+    """The group is to grow: meet all ranks of the larger one, while the prefill goes on. Answered by `RanksMet`.
+    Whether it comes to that, `RunSegment` says."""
 
     worker_id: WorkerId
     request_id: RequestId
     attempt: Attempt
+    growth: int
+    rank: int
+    """In the larger group."""
+    addresses: tuple[str, ...]
+    """Of all its ranks."""
+
+
+class RunSegment(Message, frozen=True, kw_only=True):
+    """Start, or resume at the step where it stopped. Answered by `SegmentRunning`; no step is run twice. A follower
+    answers when no short stands between it and what rank 0 may call it to.
+
+    Of a group that has grown: with all ranks of the larger group from now on, if the rank does not do so yet."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+    growth: int = 0
+    """The last that succeeded; 0: it is as it was formed."""
+    start: Tokens = 0
+    """Tokens that were prefilled when it grew."""
+    step: int = 0
+    """Steps done by then."""
+    kept: tuple[Tokens, ...] = ()
+    """By rank: of how many of these tokens it keeps the KV."""
 
 
 class PauseSegment(Message, frozen=True, kw_only=True):
@@ -150,6 +204,8 @@ class PauseSegment(Message, frozen=True, kw_only=True):
     attempt: Attempt
     step: int | None = None
     """To a follower: where rank 0 stands, and with it, by the exchange of that step, everybody."""
+    at_chunk_end: bool = False
+    """To rank 0: not before the chunk that it is in is done."""
 
 
 class DropSegment(Message, frozen=True, kw_only=True):
@@ -167,6 +223,17 @@ class SegmentLoaded(Message, frozen=True, kw_only=True):
     worker_id: WorkerId
     request_id: RequestId
     attempt: Attempt
+
+
+class RanksMet(Message, frozen=True, kw_only=True):
+    """This rank has met all others of the larger group, or has not."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+    growth: int
+    reason: str = ""
+    """Why not; empty: it has."""
 
 
 class SegmentRunning(Message, frozen=True, kw_only=True):

@@ -54,6 +54,7 @@ class SchedulerConfig(Record, frozen=True, kw_only=True):
     group_max: int = 1
     internode_bytes_s: float = 0.0
     shorts_spare: float = 2.5
+    elastic: bool = True
     reserved_long_tokens: int = 500_000
 
 
@@ -73,6 +74,13 @@ class Request(msgspec.Struct, eq=False):
     members: tuple[WorkerId, ...] = ()
     scheme: GroupScheme = RING
     """By which the members compute it."""
+    sizes: tuple[int, ...] = ()
+    """By rank: of how many ranks the group was when this one came into it."""
+    joining: tuple[WorkerId, ...] = ()
+    """Who is to come into the group (`growing.py`)."""
+    growth: int = 0
+    """Number of the last try to grow."""
+    growth_since_s: float = 0.0
     pauses: PauseAccount | None = None
     """Of a long, from the forming of its group."""
     phases: list[tuple[str, float]] = []
@@ -103,7 +111,7 @@ class Request(msgspec.Struct, eq=False):
     @property
     def workers(self) -> tuple[WorkerId, ...]:
         if self.is_long:
-            return self.members
+            return self.members + self.joining
         if self.prefill_worker is None or self.decode_worker is None or self.prefill_worker == self.decode_worker:
             worker_id = self.prefill_worker if self.prefill_worker is not None else self.decode_worker
             return () if worker_id is None else (worker_id,)
@@ -316,6 +324,12 @@ class Cluster:
         else:
             self._runs(request_id)
 
+    def group_resized(self, request_id: RequestId) -> None:
+        """It has more members than before."""
+        if request_id in self._running_as:
+            self._runs_not(request_id)
+            self._runs(request_id)
+
     def _stands(self, request_id: RequestId) -> None:
         lightest = self.groups[request_id].lightest()
         if lightest is not None:
@@ -400,7 +414,11 @@ class Cluster:
 
     def unseat_long(self, request: Request, *, decodes: bool) -> None:
         """The long leaves the prefill place of its replicas, to decode there or for good."""
-        for worker_id in request.members:
+        self.unseat(request, request.workers, decodes=decodes)
+
+    def unseat(self, request: Request, workers: tuple[WorkerId, ...], *, decodes: bool) -> None:
+        """Of some of its replicas."""
+        for worker_id in workers:
             replica = self.replicas.get(worker_id)
             if replica is None:
                 continue

@@ -38,7 +38,14 @@ class ResumeLong(msgspec.Struct, frozen=True):
     request: Request
 
 
-Decision = PlaceShort | PlaceLong | PauseLong | ResumeLong
+class GrowLong(msgspec.Struct, frozen=True):
+    """Take more replicas into the group that prefills it."""
+
+    request: Request
+    newcomers: tuple[WorkerId, ...]
+
+
+Decision = PlaceShort | PlaceLong | PauseLong | ResumeLong | GrowLong
 
 
 class SchedulingPolicy(Protocol):

@@ -85,13 +85,15 @@ def no_kv_in_two_places(cluster: Cluster) -> None:
     """One attempt has KV on one replica and one decode worker at most; that of a long, on the members of its group."""
     on_decoders = Counter(key for decoder in cluster.decoders.values() for key in decoder.held)
     require(all(n == 1 for n in on_decoders.values()), "KV of one attempt on two decode workers")
-    on_replicas = Counter(key for replica in cluster.replicas.values() for key in replica.held)
+    on_replicas = Counter(
+        key for replica in cluster.replicas.values() for key, kept in replica.held.items() if not kept.dropped
+    )
     for (request_id, attempt), count in on_replicas.items():
         request = cluster.requests.get(request_id)
         if request is not None and not request.is_long:
             require(count == 1, f"{request_id}: KV of attempt {attempt} on {count} replicas")
         elif request is not None and request.spec.attempt == attempt and request.members:
-            require(count == len(request.members), f"{request_id}: KV outside its group")
+            require(count == len(request.workers), f"{request_id}: KV outside its group")
 
 
 def no_short_in_two_places(cluster: Cluster) -> None:
@@ -130,8 +132,8 @@ def no_long_in_two_places(cluster: Cluster) -> None:
     longs = {name: request for name, request in cluster.requests.items() if request.is_long}
     require(seats.keys() | decodes.keys() <= longs.keys(), "a place is held by nobody")
     for name, request in longs.items():
-        members = set(request.members)
-        require(len(members) == len(request.members), f"{name}: a member twice in {request.members}")
+        members = set(request.workers)
+        require(len(members) == len(request.workers), f"{name}: a member twice in {request.members}")
         require(bool(members) == (request.state in IN_GROUP), f"{name}: {request.state.value} on {request.members}")
         expected = members if request.state in PREFILLING_LONG else set()
         require(seats.get(name, set()) == expected, f"{name}: {request.state.value} on seats {seats.get(name)}")
@@ -155,8 +157,10 @@ def a_group_keeps_its_kv(cluster: Cluster) -> None:
     for name, request in cluster.requests.items():
         if not request.is_long or request.state not in IN_GROUP:
             continue
-        state, size = request.state.value, len(request.members)
-        for rank, worker_id in enumerate(request.members):
+        state, count = request.state.value, len(request.members)
+        require(len(request.sizes) == count, f"{name}: {request.sizes} for {count} members")
+        sizes = request.sizes + (len(request.workers),) * len(request.joining)
+        for rank, (worker_id, size) in enumerate(zip(request.workers, sizes, strict=True)):
             replica = cluster.replicas.get(worker_id)
             require(replica is not None, f"{name}: its member {worker_id} is gone while {state}")
             assert replica is not None

@@ -18,7 +18,7 @@ from common.messages.decode import ExpectKv
 from common.messages.prefill import DropRequest, RunPrefill
 from common.messages.records import RequestRecord
 from common.messages.scheduling import RequestAccepted, RequestFailed, RequestInterrupted, RequestRefused
-from common.messages.sp import DissolveGroup, FormGroup, PauseGroup, ResumeGroup
+from common.messages.sp import DissolveGroup, FormGroup, GrowGroup, PauseGroup, ResumeGroup
 from common.policy.cluster import Cluster, Decoder, HoldKey, Replica, Request, SchedulerConfig
 from common.policy.core import require
 from common.policy.decisions import SchedulingPolicy
@@ -145,13 +145,14 @@ class Ledger:
             for worker_id in request.workers:
                 self.drop_on(worker_id, request.key)
         request.prefill_worker = request.decode_worker = None
-        request.members = ()
+        request.members = request.joining = request.sizes = ()
+        request.growth = 0
         request.pauses = None
 
     def _dissolve(self, request: Request) -> None:
         if request.state not in IN_GROUP:
             return
-        for worker_id in request.members:
+        for worker_id in request.workers:
             worker = self.cluster.replicas.get(worker_id)
             if worker is not None and request.key in worker.held:
                 worker.held[request.key].ordered_s = self.now_s
@@ -160,7 +161,7 @@ class Ledger:
                     self.drop_on(worker_id, request.key)
         self.emit(DissolveGroup(request_id=request.request_id, attempt=request.spec.attempt))
         self.cluster.unseat_long(request, decodes=False)
-        for worker_id in request.members:
+        for worker_id in request.workers:
             self.policy.replica_eased(worker_id, self.cluster)
 
     def drop_on(self, worker_id: WorkerId, key: HoldKey) -> None:
@@ -286,6 +287,7 @@ class Ledger:
         | ExpectKv
         | DropRequest
         | FormGroup
+        | GrowGroup
         | PauseGroup
         | ResumeGroup
         | DissolveGroup,
@@ -298,6 +300,13 @@ class Ledger:
         request_id = command.spec.request_id if isinstance(command, WITH_SPEC) else command.request_id
         self.stories.note(request_id, self.now_s, cause, command)
         self.out.append(command)
+
+    def done_share(self, request: Request, prefilled_tokens: int) -> float:
+        """Of a long's work; 0: nothing yet, or unknown."""
+        if prefilled_tokens <= 0:
+            return 0.0
+        whole_s = self.planner.prefill_s(request.tokens, (1,))
+        return self.planner.prefill_s(prefilled_tokens, (1,)) / whole_s if whole_s > 0.0 else 0.0
 
     def accept(self, request: Request) -> None:
         spec = request.spec
@@ -313,7 +322,7 @@ class Ledger:
     def mind_release(self, request: Request, worker_id: WorkerId) -> None:
         """A running request whose KV went away where it still counted on it missed a message."""
         if request.is_long:
-            if worker_id in request.members:
+            if worker_id in request.workers:
                 self.interrupt(request, f"{worker_id} no longer holds its KV")
         elif worker_id == request.decode_worker:
             self.interrupt(request, f"{worker_id} no longer holds its KV")

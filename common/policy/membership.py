@@ -9,6 +9,7 @@ from common.messages.cluster import CoordinatorHeartbeat, RouterHeartbeat, Worke
 from common.messages.sp import DissolveGroup, PauseGroup, ResumeGroup
 from common.policy.capacity import beyond_capacity
 from common.policy.cluster import Cluster, Decoder, HoldKey, Replica, Request
+from common.policy.growing import order as order_growth
 from common.policy.leases import Leases, Role
 from common.policy.ledger import Ledger
 from common.policy.lifecycle import IN_GROUP, RequestState
@@ -268,7 +269,9 @@ class Membership:
                 self._ledger.emit(DissolveGroup(request_id=request_id, attempt=attempt))
 
     def _remind(self, request: Request) -> None:
-        """An order to pause or resume, or its answer, was lost: give it again (the coordinator repeats its answer)."""
+        """An order, or its answer, was lost: give it again (the coordinator repeats its answer)."""
+        if request.joining and self._ledger.now_s - request.growth_since_s > self._ledger.grace_s:
+            order_growth(self._ledger, request)
         if request.state is RequestState.PAUSING:
             self._ledger.emit(PauseGroup(request_id=request.request_id, attempt=request.spec.attempt))
         elif request.state is RequestState.RESUMING:

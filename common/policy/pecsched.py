@@ -11,6 +11,7 @@ Beyond the paper:
   counts against work: the rank is `work - aging * waited`. All ranks fall alike as time passes, so the order of any
   two longs never changes while they wait, and each is first after a bounded time.
 - Shorts go by deadline where clients give one.
+- A long that prefills takes in replicas that nobody wants (`elastic.py`).
 - Longs leave some replicas to shorts, `shorts_spare` times as many as these have kept busy lately, where that costs
   less than pausing: a short that pauses a group of d stops d replicas to use one. What a burst needs beyond, it
   gets by pausing. Small groups are cheap to pause, and take every place. One long runs in any case; where shorts
@@ -25,6 +26,7 @@ from collections.abc import Iterator
 from common.policy.cluster import Cluster, Request, SchedulerConfig
 from common.policy.costs import shorts_s
 from common.policy.decisions import Decision, PauseLong, PlaceLong, PlaceShort, ResumeLong
+from common.policy.elastic import Elastic
 from common.policy.lifecycle import RequestState
 from common.policy.long_planner import LongPlanner
 from common.policy.placement import NoPlace, bounds_of, decoder_for, group_for_long, kv_share, place_short
@@ -70,6 +72,7 @@ class PecSchedPolicy:
         self._touched: dict[RequestId, Request] = {}
         """Longs whose pause may have to begin or end."""
         self._timers: Timers[RequestId] = Timers()
+        self._elastic = Elastic(config, planner) if config.elastic and config.group_max > 1 else None
         self._retry_s: float | None = None
         """When the head of the shorts may pause somebody."""
 
@@ -126,6 +129,7 @@ class PecSchedPolicy:
             (self._next_short(cluster, short, now_s) if short is not None else None)
             or self._next_long(cluster, now_s)
             or (self._next_pause_change(cluster, now_s) if self._touched else None)
+            or (self._next_growth(cluster, now_s) if self._elastic is not None else None)
         )
 
     def _next_short(self, cluster: Cluster, request: Request, now_s: float) -> Decision | None:
@@ -205,7 +209,7 @@ class PecSchedPolicy:
         return None
 
     def _pause_is_over(self, cluster: Cluster, request: Request, now_s: float) -> bool:
-        if not any(cluster.replicas[w].has_shorts for w in request.members):
+        if not any(cluster.replicas[w].has_shorts for w in request.workers):
             return True
         assert request.pauses is not None
         left_s = request.pauses.pause_left_s(now_s, self._bounds)
@@ -217,7 +221,7 @@ class PecSchedPolicy:
     def _strands(self, cluster: Cluster, request: Request, now_s: float) -> bool:
         """Shorts left behind by a pause that reached its bound are served by the next one it owes."""
         assert request.pauses is not None
-        if request.pauses.count == 0 or all(cluster.replicas[w].queued_tokens == 0 for w in request.members):
+        if request.pauses.count == 0 or all(cluster.replicas[w].queued_tokens == 0 for w in request.workers):
             return False
         pausable_s = request.pauses.pausable_from_s(now_s, 0.0, self._bounds)
         if pausable_s is None:
@@ -227,8 +231,17 @@ class PecSchedPolicy:
         self._timers.at(pausable_s, request.request_id)
         return False
 
+    def _next_growth(self, cluster: Cluster, now_s: float) -> Decision | None:
+        assert self._elastic is not None
+        if self._shorts.head is not None or self._longs.head is not None:
+            self._elastic.nobody_grows()
+            return None
+        spare = math.ceil(self._config.shorts_spare * self._load.replicas(now_s)) if len(cluster.vacant) else 0
+        return self._elastic.decide(cluster, spare, now_s)
+
     def next_deadline_s(self) -> float | None:
-        wishes = (self._timers.next_s(), self._retry_s, self._wake_for_long_s)
+        grows_s = None if self._elastic is None else self._elastic.next_deadline_s()
+        wishes = (self._timers.next_s(), self._retry_s, self._wake_for_long_s, grows_s)
         return min((at_s for at_s in wishes if at_s is not None), default=None)
 
     # --- for people ------------------------------------------------------------------------------

@@ -45,6 +45,9 @@ class PauseAccount:
     done_share: float = 0.0
     """Of its work, as it said at the last pause, after `done_s` of running; 0: it has said nothing yet."""
     done_s: float = 0.0
+    base_share: float = 0.0
+    """Of its work, done when its group last grew, after `base_s` of running: its pace is counted from there."""
+    base_s: float = 0.0
 
     def paused(self, now_s: float, done_share: float = 0.0) -> None:
         """`done_share`: how much of its work it has done, 0 … 1; 0: unknown."""
@@ -60,6 +63,12 @@ class PauseAccount:
             self.paused_since_s = None
             self.immune_until_s = now_s + bounds.immunity_s
 
+    def regrouped(self, now_s: float, left_s: float, done_share: float) -> None:
+        """Its group has grown, and so has `left_s` to run."""
+        self.base_s = self.done_s = self._ran_s(now_s)
+        self.base_share = self.done_share = done_share
+        self.estimate_s = self.base_s + left_s
+
     def suspended_by(self, now_s: float) -> float:
         running = 0.0 if self.paused_since_s is None else now_s - self.paused_since_s
         return self.suspended_s + running
@@ -72,7 +81,10 @@ class PauseAccount:
     def remaining_s(self, now_s: float) -> float:
         """Of running; by its own pace so far, or by the estimate until it has said anything. Below 0: it has run for
         longer than that, and nobody knows."""
-        whole_s = self.done_s / self.done_share if self.done_share > 0.0 else self.estimate_s
+        whole_s = self.estimate_s
+        if self.done_share > self.base_share:
+            pace_s = (self.done_s - self.base_s) / (self.done_share - self.base_share)
+            whole_s = self.base_s + pace_s * (1.0 - self.base_share)
         return whole_s - self._ran_s(now_s)
 
     def budget_s(self, now_s: float, bounds: PauseBounds) -> float:

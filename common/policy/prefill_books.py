@@ -23,7 +23,7 @@ from common.policy.prefill_events import (
     SequenceShare,
     StopPass,
 )
-from common.policy.prefill_jobs import Job, LongJob, LongState, ShortJob, ShortState, Verdict
+from common.policy.prefill_jobs import Job, LongJob, LongState, Meeting, ShortJob, ShortState, Verdict
 from common.policy.prefill_outbox import Outbox
 from common.policy.prefill_passes import PassKind, next_pass
 from common.policy.sp_shares import misfit
@@ -115,10 +115,14 @@ class PrefillBooks:
         else:
             size = len(order.members)
             rank, scheme, layer = order.rank, order.scheme, self.config.layer
-            job = LongJob(spec, place, story, rank=rank, size=size, scheme=scheme, layer=layer)
+            job = LongJob(spec, place, story, rank=rank, size=size, scheme=scheme, layer=layer, kv_size=size)
+            if order.growth:
+                job.meets = Meeting(order.growth, rank, size, over=True)  # to open it is to have met them
             self.jobs[spec.request_id] = job
             if size > 1:
-                share = SequenceShare(rank=order.rank, scheme=order.scheme, addresses=order.addresses)
+                share = SequenceShare(
+                    rank=order.rank, scheme=order.scheme, addresses=order.addresses, growth=order.growth
+                )
         self.out.do(OpenSequence(spec=spec, handoff=handoff, share=share))
 
     def _refusal(self, order: RunPrefill | LoadSegment) -> Verdict | None:

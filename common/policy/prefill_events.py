@@ -22,7 +22,9 @@ from common.messages.requests import RequestSpec, TokenLogprob, TokensGenerated
 from common.messages.sp import (
     DropSegment,
     LoadSegment,
+    MeetRanks,
     PauseSegment,
+    RanksMet,
     RunSegment,
     SegmentDropped,
     SegmentFailed,
@@ -77,6 +79,8 @@ class SequenceShare(Record, frozen=True, kw_only=True):
     scheme: GroupScheme
     addresses: tuple[str, ...]
     """Of all ranks, in their order."""
+    growth: int = 0
+    """As in `LoadSegment`."""
 
 
 class OpenSequence(Record, frozen=True, kw_only=True):
@@ -135,6 +139,30 @@ class BreakShare(Record, frozen=True, kw_only=True):
     attempt: Attempt
 
 
+class MeetOthers(Record, frozen=True, kw_only=True):
+    """Meet the ranks of the larger group that may take over this long, beside the group that computes it now. Ends in
+    `OthersMet`, unless the sequence is closed or another such order comes first."""
+
+    request_id: RequestId
+    attempt: Attempt
+    growth: int
+    rank: int
+    addresses: tuple[str, ...]
+
+
+class EnterGroup(Record, frozen=True, kw_only=True):
+    """Compute this sequence with the ranks met for this growth, from the token `start` on. No pass of it is begun."""
+
+    request_id: RequestId
+    attempt: Attempt
+    growth: int
+    rank: int
+    size: int
+    start: Tokens
+    kept: tuple[Tokens, ...]
+    """By rank: how many tokens before have their KV there."""
+
+
 class FinishHandoff(Record, frozen=True, kw_only=True):
     """Send the rest and the trailer; ends in `HandoffFinished` or `HandoffFailed`."""
 
@@ -178,6 +206,16 @@ class OpenFailed(Record, frozen=True, kw_only=True):
     attempt: Attempt
     reason: str
     retryable: bool = True
+
+
+class OthersMet(Record, frozen=True, kw_only=True):
+    """All ranks of the larger group have met, or have not."""
+
+    request_id: RequestId
+    attempt: Attempt
+    growth: int
+    reason: str = ""
+    """Why not; empty: they have."""
 
 
 class GroupCalled(Record, frozen=True, kw_only=True):
@@ -252,12 +290,13 @@ class HandoffFailed(Record, frozen=True, kw_only=True):
     """Not this stream failed but its receiver: nobody answers there."""
 
 
-PrefillOrder = RunPrefill | DropRequest | LoadSegment | RunSegment | PauseSegment | DropSegment
+PrefillOrder = RunPrefill | DropRequest | LoadSegment | MeetRanks | RunSegment | PauseSegment | DropSegment
 """What comes over the bus."""
 
 PrefillLocalEvent = (
     SequenceOpened
     | OpenFailed
+    | OthersMet
     | GroupCalled
     | GroupLost
     | BrokeOff
@@ -273,7 +312,14 @@ PrefillEvent = PrefillOrder | PrefillLocalEvent | TimePassed
 ToScheduler = PrefillFinished | PrefillFailed | DecodeFinished | DecodeFailed | KvReleased
 """The words of decoding are about shorts that decode where they prefilled."""
 ToCoordinator = (
-    SegmentLoaded | SegmentRunning | SegmentPaused | SegmentPrefilled | SegmentFinished | SegmentFailed | SegmentDropped
+    SegmentLoaded
+    | RanksMet
+    | SegmentRunning
+    | SegmentPaused
+    | SegmentPrefilled
+    | SegmentFinished
+    | SegmentFailed
+    | SegmentDropped
 )
 
 PrefillCommand = (
@@ -283,6 +329,8 @@ PrefillCommand = (
     | ResumePass
     | StopPass
     | BreakShare
+    | MeetOthers
+    | EnterGroup
     | FinishHandoff
     | AbortHandoff
     | PlaceKv

@@ -177,6 +177,17 @@ class ShortJob(Job):
 
 
 @dataclass(slots=True, eq=False)
+class Meeting:
+    """Of the ranks of a larger group."""
+
+    growth: int
+    rank: int
+    size: int
+    over: bool = False
+    """They have met."""
+
+
+@dataclass(slots=True, eq=False)
 class LongJob(Job):
     state: LongState = LongState.LOADING
     started: bool = False
@@ -195,6 +206,14 @@ class LongJob(Job):
     """Of the model."""
     called: Announcement | None = None
     """Follower: the pass that rank 0 has begun and that has not begun here."""
+    kv_size: int = 1
+    """Of its group when this worker came into it: it set aside its share of that."""
+    growth: int = 0
+    """The last one that it is part of; 0: the group is as it was formed."""
+    meets: Meeting | None = None
+    """The larger group that it may go over to."""
+    ends_chunk: bool = False
+    """Told to pause when the chunk is done."""
     leaves: bool = False
     """Shared, being opened: the other ranks are waited for no more."""
     owes_running: bool = False
@@ -217,7 +236,7 @@ class LongJob(Job):
     @property
     def kv_tokens(self) -> int:
         """Of this rank. (Where heads are split: of all its node's tokens in its heads, as tokens in all heads.)"""
-        return kv_of_rank(self.scheme, self.size, self.rank, self.spec.kv_tokens, self.layer)
+        return kv_of_rank(self.scheme, self.kv_size, self.rank, self.spec.kv_tokens, self.layer)
 
     @property
     def expected(self) -> Announcement | None:

@@ -11,6 +11,7 @@ from common.messages.locations import KvLocation, KvState
 from common.messages.prefill import KvReleased, PrefillFailed, PrefillFinished
 from common.messages.requests import FinishReason, TokenChunk, TokensGenerated
 from common.messages.sp import (
+    RanksMet,
     SegmentDropped,
     SegmentFailed,
     SegmentFinished,
@@ -23,6 +24,7 @@ from common.policy.prefill_events import (
     AbortHandoff,
     BreakShare,
     CloseSequence,
+    EnterGroup,
     FinishHandoff,
     ForgetKv,
     PlaceKv,
@@ -56,7 +58,7 @@ class Outbox:
         return commands
 
     def do(self, command: PrefillCommand) -> None:
-        if isinstance(command, RunPass | ResumePass | StopPass | BreakShare):
+        if isinstance(command, RunPass | ResumePass | StopPass | BreakShare | EnterGroup):
             self._passes.append(command)
         else:
             self._rest.append(command)
@@ -160,6 +162,9 @@ class Outbox:
                 pause_latency_s=job.last_pause_latency_s,
             )
         )
+
+    def ranks_met(self, request_id: RequestId, attempt: Attempt, growth: int, reason: str = "") -> None:
+        self.do(RanksMet(**self._about(request_id, attempt), growth=growth, reason=reason))
 
     def segment_prefilled(self, job: LongJob, reason: FinishReason | None) -> None:
         self.do(

@@ -11,6 +11,7 @@ Rules, beside those of `prefill_passes.py` (which pass is next) and `prefill_job
   in it are computed all the same.
 - A follower of a group stops when rank 0 does, in the very step; being told to pause, it waits for that and says where
   it stands. Its share of a pass ends with the others': to drop it meanwhile, the group is broken.
+- A rank of a group that grows goes over to the larger one between two chunks (`prefill_growth.py`).
 - Every short ends with exactly one `KvReleased` or, decoded here, `DecodeFinished`, its last message; every long with
   `SegmentFinished`, `SegmentFailed` or `SegmentDropped`.
 - An order of an older term than the newest seen is ignored (term 0: from someone who has none). An order for an
@@ -24,7 +25,7 @@ from typing import assert_never
 
 from common.messages.cluster import Holding
 from common.messages.prefill import DropRequest, RunPrefill
-from common.messages.sp import DropSegment, LoadSegment, PauseSegment, RunSegment
+from common.messages.sp import DropSegment, LoadSegment, MeetRanks, PauseSegment, RunSegment
 from common.policy.core import InvariantViolated, TimePassed
 from common.policy.prefill_books import PrefillBooks, RunningPass
 from common.policy.prefill_events import (
@@ -34,6 +35,7 @@ from common.policy.prefill_events import (
     HandoffFailed,
     HandoffFinished,
     OpenFailed,
+    OthersMet,
     PassFailed,
     PassFinished,
     PassSegment,
@@ -46,6 +48,7 @@ from common.policy.prefill_events import (
     SampledToken,
     SequenceOpened,
 )
+from common.policy.prefill_growth import enter_group, meet, others_met
 from common.policy.prefill_jobs import Asker, LongJob, LongState, ShortJob, ShortState, Verdict, finish_reason
 from common.units import Attempt, RequestId
 
@@ -70,12 +73,22 @@ class PrefillWorkerCore:
         self._events += 1
         self.books.out.cause = f"{self.books.config.worker_id}#{self._events}"
         match event:
-            case RunPrefill() | DropRequest() | LoadSegment() | RunSegment() | PauseSegment() | DropSegment():
+            case (
+                RunPrefill()
+                | DropRequest()
+                | LoadSegment()
+                | MeetRanks()
+                | RunSegment()
+                | PauseSegment()
+                | DropSegment()
+            ):
                 self._obey(event)
             case SequenceOpened():
                 self._opened(event)
             case OpenFailed():
                 self._open_failed(event)
+            case OthersMet():
+                others_met(self.books, event)
             case GroupCalled():
                 self._called(event)
             case GroupLost():
@@ -130,6 +143,8 @@ class PrefillWorkerCore:
         match order:
             case RunPrefill() | LoadSegment():
                 self._take(order)
+            case MeetRanks():
+                meet(self.books, order)
             case RunSegment():
                 self._run_segment(order)
             case PauseSegment():
@@ -171,6 +186,9 @@ class PrefillWorkerCore:
         long = self._long(order)
         if long is None or long.verdict is not None:
             return
+        if order.growth > long.growth and not enter_group(self.books, long, order):
+            return
+        long.ends_chunk = False
         match long.state:
             case LongState.LOADED | LongState.PAUSED | LongState.PAUSING:
                 if long.state is LongState.LOADED:
@@ -195,6 +213,9 @@ class PrefillWorkerCore:
     def _pause_segment(self, order: PauseSegment) -> None:
         long = self._long(order)
         if long is None or long.verdict is not None:
+            return
+        long.ends_chunk = order.at_chunk_end and long.state is LongState.RUNNING and long.chunk_tokens > 0
+        if long.ends_chunk:
             return
         match long.state:
             case LongState.LOADED | LongState.RUNNING:
@@ -330,6 +351,8 @@ class PrefillWorkerCore:
         elif job.remaining:
             if job.state is LongState.PAUSING:
                 self._paused(job, self._pause_latency_s(job))
+            elif job.ends_chunk:
+                self._paused(job, 0.0)
         else:
             job.generated = 1
             reason = None
@@ -389,6 +412,7 @@ class PrefillWorkerCore:
 
     def _paused(self, long: LongJob, latency_s: float) -> None:
         long.last_pause_latency_s = latency_s
+        long.ends_chunk = False
         long.move(LongState.PAUSED)
         self.books.tell(long.request_id, f"paused at step {long.steps_done} after {latency_s * 1e3:.1f} ms")
         self.books.out.segment_paused(long)

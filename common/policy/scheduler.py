@@ -39,6 +39,7 @@ from common.messages.sp import (
     GroupFailed,
     GroupFinished,
     GroupFormed,
+    GroupGrown,
     GroupPaused,
     GroupPrefillFinished,
     GroupResumed,
@@ -49,7 +50,8 @@ from common.messages.views import ClusterView
 from common.policy.capacity import beyond_capacity
 from common.policy.cluster import Cluster, Decoder, Replica, Request, SchedulerConfig
 from common.policy.core import TimePassed
-from common.policy.decisions import Decision, PauseLong, PlaceLong, PlaceShort, ResumeLong
+from common.policy.decisions import Decision, GrowLong, PauseLong, PlaceLong, PlaceShort, ResumeLong
+from common.policy.growing import give_back, grow, grown
 from common.policy.ledger import Ledger
 from common.policy.lifecycle import HANDING_OVER, IN_GROUP, RequestState
 from common.policy.live_planner import GroupPlan, Rank, plan_group
@@ -144,7 +146,7 @@ class Scheduler:
                 self._on_prefill_finished(event)
             case DecodeFinished():
                 self._on_decode_finished(event)
-            case GroupFormed() | GroupPaused() | GroupResumed() | GroupPrefillFinished():
+            case GroupFormed() | GroupPaused() | GroupResumed() | GroupPrefillFinished() | GroupGrown():
                 self._on_group_moved(event)
             case GroupFinished() | GroupFailed():
                 self._on_group_ended(event)
@@ -321,7 +323,9 @@ class Scheduler:
 
     # --- longs -----------------------------------------------------------------------------------
 
-    def _on_group_moved(self, event: GroupFormed | GroupPaused | GroupResumed | GroupPrefillFinished) -> None:
+    def _on_group_moved(
+        self, event: GroupFormed | GroupPaused | GroupResumed | GroupPrefillFinished | GroupGrown
+    ) -> None:
         request = self._ledger.current(event.request_id, event.attempt)
         if request is None or request.pauses is None:
             return
@@ -331,7 +335,7 @@ class Scheduler:
                 request.pauses.started_s = self._ledger.now_s
                 self._ledger.move(request, RequestState.RUNNING)
             case GroupPaused() if state is RequestState.PAUSING:
-                request.pauses.paused(self._ledger.now_s, self._done_share(request, event.prefilled_tokens))
+                request.pauses.paused(self._ledger.now_s, self._ledger.done_share(request, event.prefilled_tokens))
                 self._counters["pauses"] += 1
                 self._ledger.move(request, RequestState.PAUSED)
             case GroupResumed() if state is RequestState.RESUMING:
@@ -339,13 +343,10 @@ class Scheduler:
                 self._ledger.move(request, RequestState.RUNNING)
             case GroupPrefillFinished() if state in IN_GROUP and state is not RequestState.DECODING:
                 self._on_group_prefilled(request, event)
-
-    def _done_share(self, request: Request, prefilled_tokens: int) -> float:
-        """Of a long's work; 0: nothing yet, or unknown."""
-        if prefilled_tokens <= 0:
-            return 0.0
-        whole_s = self._ledger.planner.prefill_s(request.tokens, (1,))
-        return self._ledger.planner.prefill_s(prefilled_tokens, (1,)) / whole_s if whole_s > 0.0 else 0.0
+            case GroupGrown():
+                grown(self._ledger, request, event)
+            case _:
+                pass  # it has been heard, or was overtaken
 
     def _on_group_prefilled(self, request: Request, event: GroupPrefillFinished) -> None:
         if request.state is RequestState.PAUSED:
@@ -353,6 +354,7 @@ class Scheduler:
             return
         assert request.pauses is not None
         request.pauses.resumed(self._ledger.now_s, self._bounds)
+        give_back(self._ledger, request, "the prefill ended first")
         self._cluster.unseat_long(request, decodes=event.finish_reason is None)
         self._ledger.move(request, RequestState.DECODING)
         for worker_id in request.members:
@@ -367,7 +369,7 @@ class Scheduler:
                 self._ledger.release(replica.worker_id, key)
             return
         self._cluster.unseat_long(request, decodes=False)
-        for worker_id in request.members:
+        for worker_id in request.workers:
             self._ledger.release(worker_id, key)
         if isinstance(event, GroupFinished):
             self._ledger.end(request, "finished", withdraw=False)
@@ -391,6 +393,8 @@ class Scheduler:
                 self._ledger.emit(
                     ResumeGroup(request_id=decision.request.request_id, attempt=decision.request.spec.attempt)
                 )
+            case GrowLong():
+                grow(self._ledger, decision)
             case _:
                 assert_never(decision)
 
@@ -437,6 +441,7 @@ class Scheduler:
         request.pauses = PauseAccount(started_s=self._ledger.now_s, estimate_s=plan.prefill_s)
         self._policy.forget(request)
         request.members, request.scheme = members, plan.scheme
+        request.sizes = (len(members),) * len(members)
         self._ledger.move(request, RequestState.FORMING)
         for replica, share in zip(replicas, plan.reserved, strict=True):
             self._cluster.reserve(replica, request.key, share, self._ledger.now_s)

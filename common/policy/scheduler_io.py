@@ -35,9 +35,11 @@ from common.messages.sp import (
     GroupFailed,
     GroupFinished,
     GroupFormed,
+    GroupGrown,
     GroupPaused,
     GroupPrefillFinished,
     GroupResumed,
+    GrowGroup,
     PauseGroup,
     ResumeGroup,
 )
@@ -113,6 +115,7 @@ SchedulerHeard = (
     | CoordinatorHeartbeat
     | CoordinatorLeft
     | GroupFormed
+    | GroupGrown
     | GroupPaused
     | GroupResumed
     | GroupPrefillFinished
@@ -135,6 +138,7 @@ SchedulerCommand = (
     | ExpectKv
     | DropRequest
     | FormGroup
+    | GrowGroup
     | PauseGroup
     | ResumeGroup
     | DissolveGroup

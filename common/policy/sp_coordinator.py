@@ -9,14 +9,15 @@ The rules of one group stand in `sp_group.py`. Here is what spans groups:
   groups are kept for that.
 - A member that reports progress of a group nobody drives here (a former coordinator's) is told to drop it.
 - Every order is answered: `FormGroup` by GroupFormed, `PauseGroup` by GroupPaused or GroupPrefillFinished,
-  `ResumeGroup` by GroupResumed or GroupPrefillFinished, `DissolveGroup` by GroupFailed, and each of them, at any
-  time, by the group's ending. An order overtaken by its opposite is answered by the opposite's answer.
+  `ResumeGroup` by GroupResumed or GroupPrefillFinished, `GrowGroup` by GroupGrown, `DissolveGroup` by GroupFailed,
+  and each of them, at any time, by the group's ending. An order overtaken by its opposite is answered by the
+  opposite's answer.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import assert_never
 
@@ -25,9 +26,11 @@ from common.messages.sp import (
     DropSegment,
     FormGroup,
     GroupFailed,
+    GrowGroup,
     LoadSegment,
     PauseGroup,
     PauseSegment,
+    RanksMet,
     ResumeGroup,
     RunSegment,
     SegmentDropped,
@@ -43,6 +46,7 @@ from common.policy.core import InvariantViolated, TimePassed
 from common.policy.sp_group import (
     HOLDING_STILL,
     PREFILL_DONE,
+    REPEATED,
     Group,
     GroupKey,
     GroupStanding,
@@ -50,6 +54,17 @@ from common.policy.sp_group import (
     Rank,
     RankPhase,
     why_not,
+)
+from common.policy.sp_growth import (
+    give_up,
+    grow,
+    heard_of_newcomer,
+    is_overdue,
+    may_switch,
+    met,
+    overtaken,
+    switch,
+    take_in,
 )
 from common.policy.sp_io import (
     CoordinatorCommand,
@@ -59,17 +74,14 @@ from common.policy.sp_io import (
     MemberWord,
     StopAsked,
 )
-from common.policy.story import StoryLog
+from common.policy.sp_voice import Voice
 from common.policy.timers import Timers
-from common.units import Attempt, RequestId, WorkerId
+from common.units import Attempt, RequestId
 
-StandingOrder = RunSegment | PauseSegment | DropSegment
 G = GroupState
 R = RankPhase
 
 ENDINGS_KEPT = 1_000
-STORIES_KEPT = 1_000
-STORY_LINES_MAX = 200
 
 
 class SpCoordinator:
@@ -82,22 +94,14 @@ class SpCoordinator:
         """Highest attempt seen, of requests whose groups or endings are kept."""
         self._endings: OrderedDict[GroupKey, GroupEnding] = OrderedDict()
         self._timers: Timers[GroupKey] = Timers()
-        self._stories = StoryLog(STORIES_KEPT, STORY_LINES_MAX)
-        self._epoch = 0
+        self._voice = Voice()
         self._stopping = False
-        self._events = 0
-        self._cause = ""
-        self._now_s = 0.0
-        self._out: list[CoordinatorCommand] = []
 
     # --- the door ---------------------------------------------------------------------------------
 
     def handle(self, event: CoordinatorEvent, now_s: float) -> list[CoordinatorCommand]:
         """See `Core`. Raises: InvariantViolated."""
-        self._now_s = now_s
-        self._events += 1
-        self._cause = f"sp.{self._events}.{type(event).__name__}"
-        self._out = []
+        self._voice.begin(event, now_s)
         match event:
             case TimePassed():
                 for key in list(self._timers.due(now_s)):
@@ -106,11 +110,11 @@ class SpCoordinator:
                 self._stopping = True
                 for group in list(self._groups.values()):
                     self._dissolve(group, "the SP coordinator stops", retryable=True)
-            case FormGroup() | PauseGroup() | ResumeGroup() | DissolveGroup():
+            case FormGroup() | GrowGroup() | PauseGroup() | ResumeGroup() | DissolveGroup():
                 self._order(event)
             case _:
                 self._word(event)
-        return self._out
+        return self._voice.taken()
 
     def next_deadline_s(self) -> float | None:
         return self._timers.next_s()
@@ -130,7 +134,7 @@ class SpCoordinator:
 
     def story(self, request_id: RequestId) -> list[str]:
         """What happened to this request's groups, oldest first; bounded."""
-        return self._stories.tell(request_id)
+        return self._voice.story(request_id)
 
     def check(self) -> None:
         """See `Core`."""
@@ -152,21 +156,25 @@ class SpCoordinator:
         attempt = order.spec.attempt if isinstance(order, FormGroup) else order.attempt
         request_id = order.spec.request_id if isinstance(order, FormGroup) else order.request_id
         name = type(order).__name__
-        if order.epoch < self._epoch:
-            self._note(request_id, f"{name} of epoch {order.epoch} ignored: epoch {self._epoch} is in charge")
+        if order.epoch < self._voice.epoch:
+            self._voice.note(
+                request_id, f"{name} of epoch {order.epoch} ignored: epoch {self._voice.epoch} is in charge"
+            )
             return
-        self._epoch = order.epoch
-        self._note(request_id, f"{name}/{attempt} {order.cause}")
+        self._voice.epoch = order.epoch
+        self._voice.note(request_id, f"{name}/{attempt} {order.cause}")
         key = (request_id, attempt)
         if (ending := self._endings.get(key)) is not None:
-            self._say(ending)
+            self._voice.say(ending)
             return
         group = self._groups.get(key)
         match order:
             case FormGroup():
                 self._form(order, group)
             case _ if group is None:
-                self._say(self._failed(key, "no such group is driven here", retryable=True))
+                self._voice.say(self._failed(key, "no such group is driven here", retryable=True))
+            case GrowGroup():
+                grow(self._voice, group, order)
             case PauseGroup():
                 self._pause(group)
             case ResumeGroup():
@@ -186,11 +194,11 @@ class SpCoordinator:
             return
         newest = self._newest.get(spec.request_id)
         if newest is not None and newest > spec.attempt:
-            self._note(spec.request_id, f"attempt {spec.attempt} ignored: {newest} is known")
+            self._voice.note(spec.request_id, f"attempt {spec.attempt} ignored: {newest} is known")
             return
         refusal = "the SP coordinator stops" if self._stopping else why_not(order)
         if refusal:
-            self._say(self._failed(key, refusal, retryable=self._stopping))
+            self._voice.say(self._failed(key, refusal, retryable=self._stopping))
             return
         for older in [group for group in self._groups.values() if group.spec.request_id == spec.request_id]:
             self._dissolve(older, f"superseded by attempt {spec.attempt}", retryable=True)
@@ -198,13 +206,14 @@ class SpCoordinator:
         group = Group(
             spec=spec,
             ranks=tuple(Rank(worker_id=member) for member in order.members),
-            story=partial(self._stories.tell, spec.request_id),
+            story=partial(self._voice.story, spec.request_id),
+            scheme=order.scheme,
         )
         self._groups[key] = group
         self._newest[spec.request_id] = spec.attempt
         for number, rank in enumerate(group.ranks):
-            rank.asked_s = self._now_s
-            self._say(
+            rank.asked_s = self._voice.now_s
+            self._voice.say(
                 LoadSegment(
                     worker_id=rank.worker_id,
                     spec=spec,
@@ -213,20 +222,21 @@ class SpCoordinator:
                     parts=(SegmentPart(start=0, tokens=spec.prompt.tokens),),
                     addresses=order.addresses,
                     scheme=order.scheme,
-                    cause=self._cause,
-                    epoch=self._epoch,
+                    cause=self._voice.cause,
+                    epoch=self._voice.epoch,
                 )
             )
         self._settle(group)
 
     def _pause(self, group: Group) -> None:
         match group.state:
-            case G.PREFILLING | G.RESUMING:
+            case G.PREFILLING | G.SWITCHING | G.RESUMING:
                 group.wish_pause = True
-                self._move(group, G.PAUSING)
+                give_up(self._voice, group, "it is paused")
+                self._voice.move(group, G.PAUSING)
                 for rank in group.in_phase(R.STARTING):
                     rank.phase = R.RUNNING  # it may run or not: rank 0 begins nothing more
-                self._tell(group, group.leader, R.STOPPING, PauseSegment)
+                self._voice.tell(group, group.leader, R.STOPPING, PauseSegment)
             case G.FORMING | G.PAUSING:
                 group.wish_pause = True
             case _:
@@ -244,8 +254,8 @@ class SpCoordinator:
                 self._say_where_it_stands(group)
 
     def _say_where_it_stands(self, group: Group) -> None:
-        for word in group.standing(self._cause):
-            self._say(word)
+        for word in group.standing(self._voice.cause):
+            self._voice.say(word)
 
     # --- words of the members --------------------------------------------------------------------
 
@@ -254,12 +264,15 @@ class SpCoordinator:
         name = type(word).__name__
         group = self._groups.get(key)
         rank = None if group is None else group.rank_of(word.worker_id)
+        if group is not None and rank is None and heard_of_newcomer(self._voice, group, word):
+            self._settle(group)
+            return
         if group is None or rank is None:
-            self._note(word.request_id, f"{name}/{word.attempt} from {word.worker_id}: not driven here")
-            if not isinstance(word, SegmentDropped | SegmentFailed | SegmentFinished):
+            self._voice.note(word.request_id, f"{name}/{word.attempt} from {word.worker_id}: not driven here")
+            if not isinstance(word, SegmentDropped | SegmentFailed | SegmentFinished | RanksMet):
                 self._drop_stray(word)
             return
-        self._note(word.request_id, f"{name}/{word.attempt} from {word.worker_id}, which was {rank.phase}")
+        self._voice.note(word.request_id, f"{name}/{word.attempt} from {word.worker_id}, which was {rank.phase}")
         match word:
             case SegmentFailed(reason=reason, retryable=retryable):
                 self._rank_ended(group, rank, f"failed: {reason}", retryable=retryable)
@@ -271,11 +284,13 @@ class SpCoordinator:
             case SegmentLoaded():
                 if rank.phase is R.LOADING:
                     rank.phase = R.LOADED
+            case RanksMet():
+                met(self._voice, group, word)
             case SegmentRunning():
                 if rank.phase is R.STARTING:
                     rank.phase = R.RUNNING
             case SegmentPaused():
-                if rank.phase is R.STOPPING:
+                if rank.phase in (R.STOPPING, R.ENDING):
                     rank.paused(word)
             case SegmentPrefilled():
                 self._rank_prefilled(group, rank, word)
@@ -295,7 +310,7 @@ class SpCoordinator:
             rank.prefilled(word)
 
     def _drop_stray(self, word: MemberWord) -> None:
-        self._say(self._order_to(word.worker_id, (word.request_id, word.attempt), DropSegment))
+        self._voice.say(self._voice.order_to(word.worker_id, (word.request_id, word.attempt), DropSegment))
 
     def _rank_ended(self, group: Group, rank: Rank, how: str, *, retryable: bool) -> None:
         """It holds nothing any more: as it should be, if the request has all its tokens."""
@@ -328,7 +343,7 @@ class SpCoordinator:
                 group, self._failed(group.key, group.failure, retryable=group.retryable)
             )
         if group.state is G.FINISHING:
-            return group.all_in(R.FINISHED) and self._end(group, group.finished_word(self._cause))
+            return group.all_in(R.FINISHED) and self._end(group, group.finished_word(self._voice.cause))
         leader = group.leader
         if group.state is G.DECODING:
             over = leader.phase is R.FINISHED or leader.finish_reason is not None
@@ -337,62 +352,79 @@ class SpCoordinator:
             return self._prefilled(group)
         if group.state is G.PAUSING:
             return leader.phase is R.PAUSED and self._all_stand(group) and self._stopped(group)
+        if group.state is G.SWITCHING:
+            return leader.phase is R.PAUSED and self._all_stand(group) and self._switched(group)
+        if may_switch(group):
+            return switch(self._voice, group)
         if group.state in (G.PREFILLING, G.RESUMING) and leader.phase in HOLDING_STILL:
             return not group.in_phase(R.STARTING) and self._lead(group)
         if group.state is G.RESUMING and leader.phase is R.RUNNING:
-            self._move(group, G.PREFILLING)
-            self._say(group.resumed_word(self._cause))
+            self._voice.move(group, G.PREFILLING)
+            self._voice.say(group.resumed_word(self._voice.cause))
             return True
         return group.state is G.PAUSED and not group.wish_pause and self._run(group, G.RESUMING)
 
     def _formed(self, group: Group) -> bool:
-        self._say(group.formed_word(self._cause))
+        self._voice.say(group.formed_word(self._voice.cause))
         if group.wish_pause:
-            self._move(group, G.PAUSED)
-            self._say(group.paused_word(self._cause))
+            self._voice.move(group, G.PAUSED)
+            self._voice.say(group.paused_word(self._voice.cause))
             return True
         return self._run(group, G.PREFILLING)
 
     def _run(self, group: Group, state: GroupState) -> bool:
         """The followers first; rank 0 when they all run (`_lead`)."""
         group.wish_pause = False
-        self._move(group, state)
+        self._voice.move(group, state)
         for rank in group.followers:
-            self._tell(group, rank, R.STARTING, RunSegment)
+            self._voice.tell(group, rank, R.STARTING, RunSegment, **group.run_terms())
         return True
 
     def _lead(self, group: Group) -> bool:
-        self._tell(group, group.leader, R.STARTING, RunSegment)
+        self._voice.tell(group, group.leader, R.STARTING, RunSegment, **group.run_terms())
         return True
 
     def _prefilled(self, group: Group) -> bool:
+        give_up(self._voice, group, "its prefill has ended")
         for rank in group.followers:
             rank.phase = R.PREFILLED
-        self._move(group, G.DECODING)
-        self._say(group.prefill_finished_word(self._cause))
+        self._voice.move(group, G.DECODING)
+        self._voice.say(group.prefill_finished_word(self._voice.cause))
         return True
 
     def _all_stand(self, group: Group) -> bool:
         """Rank 0 does: ask the others."""
         for rank in group.in_phase(R.RUNNING):
-            self._tell(group, rank, R.STOPPING, PauseSegment, step=group.leader.step)
+            self._voice.tell(group, rank, R.STOPPING, PauseSegment, step=group.leader.step)
         return not group.in_phase(R.STOPPING)
 
+    def _fell_apart(self, group: Group) -> bool:
+        """Its ranks stand at different steps."""
+        if not group.out_of_step():
+            return False
+        told = ", ".join(f"{group.name(rank)} at {rank.step}" for rank in group.ranks)
+        self._dissolve(group, f"the ranks stopped at different steps: {told}", retryable=True)
+        return True
+
+    def _switched(self, group: Group) -> bool:
+        if not self._fell_apart(group):
+            take_in(self._voice, group)
+            self._run(group, G.RESUMING)
+        return True
+
     def _stopped(self, group: Group) -> bool:
-        if group.out_of_step():
-            told = ", ".join(f"{group.name(rank)} at {rank.step}" for rank in group.ranks)
-            self._dissolve(group, f"the ranks stopped at different steps: {told}", retryable=True)
+        if self._fell_apart(group):
             return True
         # Said even if a resume was asked meanwhile: the pause happened, and is accounted for.
-        self._move(group, G.PAUSED)
-        self._say(group.paused_word(self._cause))
+        self._voice.move(group, G.PAUSED)
+        self._voice.say(group.paused_word(self._voice.cause))
         return True
 
     def _finishing(self, group: Group) -> bool:
-        self._move(group, G.FINISHING)
-        group.leader.asked_s = self._now_s
+        self._voice.move(group, G.FINISHING)
+        group.leader.asked_s = self._voice.now_s
         for rank in group.followers:
-            self._tell(group, rank, R.DROPPING, DropSegment)
+            self._voice.tell(group, rank, R.DROPPING, DropSegment)
         return True
 
     def _dissolve(self, group: Group, reason: str, *, retryable: bool) -> None:
@@ -400,8 +432,9 @@ class SpCoordinator:
         if group.state is G.DISSOLVING:
             return
         group.failure, group.retryable = reason, retryable
+        overtaken(group)
         leader_first = group.state is G.DECODING and group.leader.phase is not R.GONE
-        self._move(group, G.DISSOLVING)
+        self._voice.move(group, G.DISSOLVING)
         for rank in group.in_phase(R.FINISHED):
             rank.phase = R.GONE
         self._drop(group, group.ranks[:1] if leader_first else group.ranks)
@@ -410,13 +443,19 @@ class SpCoordinator:
     def _drop(self, group: Group, ranks: Sequence[Rank]) -> None:
         for rank in ranks:
             if rank.phase not in (R.DROPPING, R.GONE):
-                self._tell(group, rank, R.DROPPING, DropSegment)
+                self._voice.tell(group, rank, R.DROPPING, DropSegment)
 
     def _overdue(self, group: Group) -> None:
         """Somebody's time is up: repeat what may be repeated, give up who is silent."""
-        for rank in group.in_phase(R.STARTING):
-            if self._is_due(rank):
-                self._tell(group, rank, R.STARTING, RunSegment)
+        for rank in group.in_phase(*REPEATED):
+            if not self._is_due(rank):
+                continue
+            if rank.phase is R.STARTING:
+                self._voice.tell(group, rank, R.STARTING, RunSegment, **group.run_terms())
+            else:
+                self._voice.tell(group, rank, R.ENDING, PauseSegment, at_chunk_end=True)
+        if is_overdue(group, self._answer_s, self._voice.now_s):
+            give_up(self._voice, group, "not all ranks of the larger group have met in time")
         if group.state is G.DISSOLVING:
             self._drop(group, group.followers)
         silent = [rank for rank in group.ranks if group.owes(rank) and self._is_due(rank)]
@@ -426,18 +465,18 @@ class SpCoordinator:
 
     def _is_due(self, rank: Rank) -> bool:
         # The very sum that made the deadline: another order of operations would round otherwise.
-        return rank.asked_s + self._answer_s <= self._now_s
+        return rank.asked_s + self._answer_s <= self._voice.now_s
 
     def _silent(self, group: Group, rank: Rank) -> None:
-        self._note(group.spec.request_id, f"{group.name(rank)}, {rank.phase}, is silent")
+        self._voice.note(group.spec.request_id, f"{group.name(rank)}, {rank.phase}, is silent")
         match group.state:
             case G.DISSOLVING:
                 rank.phase = R.GONE
             case G.FINISHING:
-                self._tell(group, rank, R.FINISHED, DropSegment)
+                self._voice.tell(group, rank, R.FINISHED, DropSegment)
             case _:
                 owed = rank.phase
-                self._tell(group, rank, R.GONE, DropSegment)
+                self._voice.tell(group, rank, R.GONE, DropSegment)
                 self._dissolve(
                     group,
                     f"{group.name(rank)}, {owed}, has not answered for {self._answer_s:g} s",
@@ -446,7 +485,7 @@ class SpCoordinator:
 
     def _end(self, group: Group, ending: GroupEnding) -> bool:
         key = group.key
-        self._move(group, G.GONE)
+        self._voice.move(group, G.GONE)
         del self._groups[key]
         self._timers.drop(key)
         self._endings[key] = ending
@@ -454,40 +493,12 @@ class SpCoordinator:
             (forgotten, attempt), _ = self._endings.popitem(last=False)
             if self._newest.get(forgotten) == attempt:
                 del self._newest[forgotten]
-        self._say(ending)
+        self._voice.say(ending)
         return True
 
     # --- speaking --------------------------------------------------------------------------------
 
-    def _tell(
-        self,
-        group: Group,
-        rank: Rank,
-        phase: RankPhase,
-        order: Callable[..., StandingOrder],
-        **more: int,
-    ) -> None:
-        rank.phase, rank.asked_s = phase, self._now_s
-        self._say(self._order_to(rank.worker_id, group.key, order, **more))
-
-    def _order_to(
-        self, worker_id: WorkerId, key: GroupKey, order: Callable[..., StandingOrder], **more: int
-    ) -> StandingOrder:
-        about = {"worker_id": worker_id, "request_id": key[0], "attempt": key[1], "cause": self._cause}
-        return order(**about, epoch=self._epoch, **more)
-
     def _failed(self, key: GroupKey, reason: str, *, retryable: bool) -> GroupFailed:
-        return GroupFailed(request_id=key[0], attempt=key[1], reason=reason, retryable=retryable, cause=self._cause)
-
-    def _say(self, command: CoordinatorCommand) -> None:
-        self._out.append(command)
-        request_id = command.spec.request_id if isinstance(command, LoadSegment) else command.request_id
-        self._note(request_id, f"→ {type(command).__name__}")
-
-    def _move(self, group: Group, target: GroupState) -> None:
-        before = group.state
-        group.move(target)
-        self._note(group.spec.request_id, f"{before} → {target}")
-
-    def _note(self, request_id: RequestId, what: str) -> None:
-        self._stories.note(request_id, self._now_s, self._cause, what)
+        return GroupFailed(
+            request_id=key[0], attempt=key[1], reason=reason, retryable=retryable, cause=self._voice.cause
+        )

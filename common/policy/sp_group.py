@@ -29,14 +29,17 @@ The rules, in sentences:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING, Any
 
+from common.messages.groups import RING, GroupScheme
 from common.messages.requests import FinishReason, RequestSpec
 from common.messages.sp import (
     FormGroup,
     GroupFinished,
     GroupFormed,
+    GroupGrown,
     GroupPaused,
     GroupPrefillFinished,
     GroupResumed,
@@ -45,22 +48,27 @@ from common.messages.sp import (
     SegmentPrefilled,
 )
 from common.policy.core import InvariantViolated
-from common.policy.sp_shares import misfit
+from common.policy.sp_shares import Mesh, misfit
 from common.policy.story import Story
 from common.policy.transitions import Table, require_legal
 from common.units import Attempt, RequestId, WorkerId
+
+if TYPE_CHECKING:
+    from common.policy.sp_growth import Growth
 
 LEADER_FIRST_S = 1.0
 """A step of decoding takes less."""
 
 GroupKey = tuple[RequestId, Attempt]
-GroupStanding = GroupFormed | GroupPaused | GroupResumed | GroupPrefillFinished
+GroupStanding = GroupFormed | GroupGrown | GroupPaused | GroupResumed | GroupPrefillFinished
 
 
 class GroupState(StrEnum):
     FORMING = "forming"
     """The ranks reserve KV and fetch their share of the prompt."""
     PREFILLING = "prefilling"
+    SWITCHING = "switching"
+    """It grows: rank 0 ends its chunk, the others confirm that they stand there (`sp_growth.py`)."""
     PAUSING = "pausing"
     PAUSED = "paused"
     RESUMING = "resuming"
@@ -76,7 +84,8 @@ G = GroupState
 
 TRANSITIONS: Table[GroupState] = {
     G.FORMING: frozenset({G.PREFILLING, G.PAUSED, G.DISSOLVING}),
-    G.PREFILLING: frozenset({G.PAUSING, G.DECODING, G.DISSOLVING}),
+    G.PREFILLING: frozenset({G.SWITCHING, G.PAUSING, G.DECODING, G.DISSOLVING}),
+    G.SWITCHING: frozenset({G.RESUMING, G.PAUSING, G.DECODING, G.DISSOLVING}),
     G.PAUSING: frozenset({G.PAUSED, G.DECODING, G.DISSOLVING}),
     G.PAUSED: frozenset({G.RESUMING, G.DECODING, G.DISSOLVING}),
     G.RESUMING: frozenset({G.PREFILLING, G.PAUSING, G.DECODING, G.DISSOLVING}),
@@ -95,6 +104,8 @@ class RankPhase(StrEnum):
     STARTING = "starting"
     """Told to run; has not said that it does."""
     RUNNING = "running"
+    ENDING = "ending"
+    """Rank 0: told to stand when its chunk is done."""
     STOPPING = "stopping"
     PAUSED = "paused"
     PREFILLED = "prefilled"
@@ -108,6 +119,9 @@ R = RankPhase
 
 BOUNDED = frozenset({R.LOADING, R.STOPPING, R.DROPPING})
 """A rank in one of these owes an answer within `answer_s`."""
+
+REPEATED = frozenset({R.STARTING, R.ENDING})
+"""Told to, and told again every `answer_s` until it answers."""
 
 HOLDING_STILL = frozenset({R.LOADED, R.PAUSED})
 PREFILL_DONE = frozenset({R.PREFILLED, R.FINISHED})
@@ -152,6 +166,21 @@ class Group:
     retryable: bool = True
     story: Story = list
     """The coordinator's bounded log of this request, for the messages of exceptions."""
+    scheme: GroupScheme = RING
+    mesh: Mesh = field(init=False)
+    """Which rank owns which tokens."""
+    reserved: tuple[int, ...] = field(init=False)
+    """By rank: KV set aside, in tokens (of a ring)."""
+    growth: int = 0
+    """The last that succeeded."""
+    grown_at_step: int = 0
+    tried: int = 0
+    """To grow, the last that ended."""
+    trying: Growth | None = None
+
+    def __post_init__(self) -> None:
+        self.mesh = Mesh.of(self.scheme, len(self.ranks))
+        self.reserved = (self.mesh.reserved_tokens(self.spec.kv_tokens),) * len(self.ranks)
 
     @property
     def key(self) -> GroupKey:
@@ -192,13 +221,22 @@ class Group:
         here = self.leader.step
         return [rank for rank in self.followers if rank.phase not in HOLDING_STILL or rank.step != here]
 
+    def run_terms(self) -> dict[str, Any]:
+        """What `RunSegment` says of a group that has grown."""
+        if not self.growth:
+            return {}
+        mesh = self.mesh
+        return {"growth": self.growth, "start": mesh.base, "step": self.grown_at_step, "kept": mesh.before}
+
     def owes(self, rank: Rank) -> bool:
         """Whether this rank must answer within the bound."""
         return rank.phase in BOUNDED or (self.state is G.FINISHING and rank.phase is R.PREFILLED)
 
     def deadline_s(self, answer_s: float) -> float | None:
         """When the first rank that owes an answer counts as silent, or the first `RunSegment` is repeated."""
-        asked = [rank.asked_s for rank in self.ranks if self.owes(rank) or rank.phase is R.STARTING]
+        asked = [rank.asked_s for rank in self.ranks if self.owes(rank) or rank.phase in REPEATED]
+        if self.trying is not None and self.state is G.PREFILLING:
+            asked.append(self.trying.asked_s)
         if self.state is G.DISSOLVING and self.in_phase(R.PREFILLED):
             return min(asked) + min(answer_s, LEADER_FIRST_S)
         return min(asked) + answer_s if asked else None
@@ -206,10 +244,10 @@ class Group:
     def standing(self, cause: str) -> list[GroupStanding]:
         """Again what was said when it came where it stands; nothing where the next word is still to come."""
         match self.state:
-            case G.PREFILLING:
-                return [self.formed_word(cause), self.resumed_word(cause)]
+            case G.PREFILLING | G.SWITCHING:
+                return [self.formed_word(cause), *self._grown_words(cause), self.resumed_word(cause)]
             case G.PAUSED:
-                return [self.formed_word(cause), self.paused_word(cause)]
+                return [self.formed_word(cause), *self._grown_words(cause), self.paused_word(cause)]
             case G.DECODING:
                 return [self.prefill_finished_word(cause)]
             case _:
@@ -220,6 +258,22 @@ class Group:
 
     def resumed_word(self, cause: str) -> GroupResumed:
         return GroupResumed(request_id=self.spec.request_id, attempt=self.spec.attempt, cause=cause)
+
+    def _grown_words(self, cause: str) -> list[GroupGrown]:
+        return [self.grown_word(cause, self.tried)] if self.tried and self.trying is None else []
+
+    def grown_word(self, cause: str, growth: int, reason: str = "") -> GroupGrown:
+        """Of a try that has ended."""
+        request_id, attempt = self.key
+        return GroupGrown(
+            request_id=request_id,
+            attempt=attempt,
+            growth=growth,
+            members=self.members,
+            prefilled_tokens=self.mesh.base,
+            reason=reason,
+            cause=cause,
+        )
 
     def paused_word(self, cause: str) -> GroupPaused:
         request_id, attempt = self.key
@@ -268,6 +322,8 @@ class Group:
         self._require(waited_for is None or bool(phases & waited_for), f"is {self.state} and nobody owes it an answer")
         if self.state in (G.PREFILLING, G.RESUMING) and self.leader.phase not in HOLDING_STILL:
             self._require(R.STARTING not in followers, "is led before its followers run")
+        self._require(self.trying is None or self.state in (G.PREFILLING, G.SWITCHING), f"grows while {self.state}")
+        self._require(len(self.reserved) == self.mesh.size, "has other ranks than its mesh")
         if self.state is G.PAUSED:
             self._require(not self.out_of_step(), "is paused at different steps")
             self._require(self.wish_pause, "is paused though nobody wishes it")
@@ -283,6 +339,7 @@ _DROPPED = frozenset({R.DROPPING, R.GONE})
 LEADER_PHASES: dict[GroupState, frozenset[RankPhase]] = {
     G.FORMING: frozenset({R.LOADING, R.LOADED}),
     G.PREFILLING: frozenset({R.LOADED, R.STARTING, R.RUNNING}),
+    G.SWITCHING: frozenset({R.ENDING, R.PAUSED}),
     G.PAUSING: frozenset({R.STOPPING, R.PAUSED}),
     G.PAUSED: HOLDING_STILL,
     G.RESUMING: frozenset({R.LOADED, R.PAUSED, R.STARTING}),
@@ -296,6 +353,7 @@ LEADER_PHASES: dict[GroupState, frozenset[RankPhase]] = {
 FOLLOWER_PHASES: dict[GroupState, frozenset[RankPhase]] = {
     G.FORMING: frozenset({R.LOADING, R.LOADED}),
     G.PREFILLING: frozenset({R.STARTING, R.RUNNING, R.PREFILLED}),
+    G.SWITCHING: frozenset({R.RUNNING, R.STOPPING, R.PAUSED, R.PREFILLED}),
     G.PAUSING: frozenset({R.RUNNING, R.STOPPING, R.PAUSED, R.PREFILLED}),
     G.PAUSED: HOLDING_STILL,
     G.RESUMING: frozenset({R.STARTING, R.RUNNING, R.PREFILLED}),
@@ -309,6 +367,7 @@ FOLLOWER_PHASES: dict[GroupState, frozenset[RankPhase]] = {
 AWAITED: dict[GroupState, frozenset[RankPhase]] = {
     G.FORMING: frozenset({R.LOADING}),
     G.PREFILLING: frozenset({R.STARTING, R.RUNNING}),
+    G.SWITCHING: frozenset({R.ENDING, R.STOPPING}),
     G.PAUSING: frozenset({R.STOPPING}),
     G.RESUMING: frozenset({R.STARTING}),
     G.FINISHING: frozenset({R.PREFILLED, R.DROPPING}),

@@ -10,12 +10,16 @@ from common.messages.sp import (
     GroupFailed,
     GroupFinished,
     GroupFormed,
+    GroupGrown,
     GroupPaused,
     GroupPrefillFinished,
     GroupResumed,
+    GrowGroup,
     LoadSegment,
+    MeetRanks,
     PauseGroup,
     PauseSegment,
+    RanksMet,
     ResumeGroup,
     RunSegment,
     SegmentDropped,
@@ -33,15 +37,22 @@ class StopAsked(Record, frozen=True, kw_only=True):
     """From the shell: take no new group, dissolve all."""
 
 
-GroupOrder = FormGroup | PauseGroup | ResumeGroup | DissolveGroup
+GroupOrder = FormGroup | GrowGroup | PauseGroup | ResumeGroup | DissolveGroup
 MemberWord = (
-    SegmentLoaded | SegmentRunning | SegmentPaused | SegmentPrefilled | SegmentFinished | SegmentFailed | SegmentDropped
+    SegmentLoaded
+    | RanksMet
+    | SegmentRunning
+    | SegmentPaused
+    | SegmentPrefilled
+    | SegmentFinished
+    | SegmentFailed
+    | SegmentDropped
 )
 CoordinatorHeard = GroupOrder | MemberWord
 """What others tell it."""
 CoordinatorEvent = CoordinatorHeard | StopAsked | TimePassed
 
-MemberOrder = LoadSegment | RunSegment | PauseSegment | DropSegment
+MemberOrder = LoadSegment | MeetRanks | RunSegment | PauseSegment | DropSegment
 GroupEnding = GroupFinished | GroupFailed
-GroupWord = GroupFormed | GroupPaused | GroupResumed | GroupPrefillFinished | GroupEnding
+GroupWord = GroupFormed | GroupGrown | GroupPaused | GroupResumed | GroupPrefillFinished | GroupEnding
 CoordinatorCommand = MemberOrder | GroupWord

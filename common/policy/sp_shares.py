@@ -8,10 +8,14 @@ ceil((n - r) / degree), however they were cut into chunks. So nothing need be ag
 The owners are the nodes of a `Mesh`. In a node the places deal out their node's tokens among each other in the same
 way to compute them, and keep the KV of all of these, each for its heads. A ring alone is a mesh of nodes with one
 place each, where every rank owns; Ulysses or Megatron alone is a mesh of one node, which owns everything.
+
+A group that grows deals out what comes after by the same rule, as if its sequence began there; what was dealt out
+before stays with those who own it, and is remembered as a number of tokens by node.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
@@ -56,6 +60,10 @@ class Mesh:
 
     nodes: int
     per_node: int
+    base: int = 0
+    """Tokens that were dealt out before the group grew to this size."""
+    before: tuple[int, ...] = ()
+    """How many of these each node owns; empty: it has not grown."""
 
     @classmethod
     def of(cls, scheme: GroupScheme, size: int) -> Mesh:
@@ -78,19 +86,32 @@ class Mesh:
     def bounds(self, start: int, tokens: int) -> tuple[int, ...]:
         """Where the parts that the ranks compute of the chunk [start, start + tokens) begin and end: offsets as of
         `chunk_bounds`. Parts differ by at most one token, and those of a node lie one after another."""
-        offsets = [0]
+        offsets, start = [0], start - self.base
         for node, (begin, end) in enumerate(pairwise(chunk_bounds(start, tokens, self.nodes))):
             before = owned_tokens(start, self.nodes, node)
             offsets += [begin + offset for offset in chunk_bounds(before, end - begin, self.per_node)[1:]]
         return tuple(offsets)
 
     def owned_tokens(self, tokens: int, node: int) -> int:
-        """How many of the first `tokens` tokens this node owns."""
-        return owned_tokens(tokens, self.nodes, node)
+        """How many of the first `tokens` tokens, `base` or more, this node owns."""
+        return (self.before[node] if self.before else 0) + owned_tokens(tokens - self.base, self.nodes, node)
 
     def append_node(self, position: int) -> int:
         """Which node keeps the KV of the token decoded at this position."""
-        return append_rank(position, self.nodes)
+        return append_rank(position - self.base, self.nodes)
+
+    def fits(self, kv_tokens: int, reserved: Sequence[int]) -> bool:
+        """Whether each rank, of a ring, has set aside enough for a sequence that needs `kv_tokens` in all. (One that
+        did so when the group was smaller lacks a token where next to nothing is left.)"""
+        return kv_tokens >= self.base and all(
+            self.owned_tokens(kv_tokens, rank) <= tokens for rank, tokens in enumerate(reserved)
+        )
+
+    def grown(self, start: int, former: Sequence[int | None]) -> Mesh:
+        """This mesh, a ring, from token `start` on with as many ranks as `former` names: which rank each of them was,
+        or None."""
+        before = tuple(0 if rank is None else self.owned_tokens(start, rank) for rank in former)
+        return Mesh(len(former), self.per_node, start, before)
 
     def reserved_tokens(self, kv_tokens: int) -> int:
         """For how many tokens each rank reserves KV (in its heads) of a sequence that needs `kv_tokens` in all."""

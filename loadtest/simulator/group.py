@@ -3,7 +3,7 @@
 It answers the scheduler as `common.policy.sp_coordinator` and its workers do together: `GroupFormed`; `GroupPaused`
 when every rank stands, which is when the step that runs has ended (uniform in the longest step), or
 `GroupPrefillFinished` if the prefill ends first and the pause is void; `GroupResumed`, also while a member still
-finishes a pass of shorts; `GroupFinished`; `GroupFailed` after a `DissolveGroup`.
+finishes a pass of shorts; `GroupGrown` (see `growth.py`); `GroupFinished`; `GroupFailed` after a `DissolveGroup`.
 
 The prefill runs at rate 1, slower while other things decode on its members (see `replica.py`), and only while every
 member computes it. A decode step takes what the model says for the layout, and longer by what the slowest
@@ -20,12 +20,14 @@ from common.messages.sp import (
     GroupFailed,
     GroupFinished,
     GroupFormed,
+    GroupGrown,
     GroupPaused,
     GroupPrefillFinished,
     GroupResumed,
 )
 from common.policy.long_planner import Layout
 from common.policy.scheduler_io import SchedulerEvent
+from loadtest.simulator.growth import Progress, Try, names_of
 from loadtest.simulator.job import Job
 from loadtest.simulator.replica import Replica
 from loadtest.simulator.site import Site
@@ -52,42 +54,33 @@ class Group:
         "_decode_step_s",
         "_drags",
         "_extras",
-        "_members",
         "_parabola",
         "_prefill",
+        "_progress",
         "_resume_asked",
         "_since_s",
         "_site",
         "_state",
         "_step_s",
-        "_whole_s",
+        "_trying",
         "alone_s",
         "chunk_s",
         "job",
         "kv_share",
+        "members",
         "network_s",
         "runs",
         "stands",
     )
 
     def __init__(self, site: Site, job: Job, members: tuple[Replica, ...]) -> None:
-        layout = layout_of(members)
-        longs, degree = site.longs, len(members)
-        kv_tokens = job.tokens + job.output_tokens // 2
         self._site = site
-        self._members = members
         self.job = job
-        self.kv_share = kv_tokens // degree
-        """KV on each member, on average over the decode."""
-        self.chunk_s = longs.chunk_s(job.tokens, layout)
-        self.alone_s = site.costs.shared_step_s(0, 1, self.kv_share)
-        """A member's part of a decode step, alone."""
-        self._step_s = longs.step_s(job.tokens, layout)
-        self._decode_step_s = longs.decode_step_s(kv_tokens, layout)
-        self.network_s = max(0.0, self._decode_step_s - self.alone_s)
-        """What the exchange between members adds to a decode step."""
-        self._whole_s = longs.prefill_s(job.tokens, layout)
-        self._prefill = Countdown(site.timeline, self._whole_s, self._prefilled)
+        self._set_members(members)
+        self._progress = Progress(site.longs.prefill_s, job.tokens, layout_of(members))
+        self._prefill = Countdown(site.timeline, self._progress.whole_s, self._prefilled)
+        self._trying: Try | None = None
+        """To grow."""
         self._decode = Countdown(site.timeline, job.output_tokens - 1, self._decoded)
         self._drags: dict[str, float] = {}
         """Members with other decodes → how long a step of those takes."""
@@ -104,12 +97,27 @@ class Group:
         self.stands = False
         """Paused: its members are free for shorts."""
 
+    def _set_members(self, members: tuple[Replica, ...]) -> None:
+        """And what follows from them."""
+        site, job, layout = self._site, self.job, layout_of(members)
+        kv_tokens = job.tokens + job.output_tokens // 2
+        self.members = members
+        self.kv_share = kv_tokens // len(members)
+        """KV on each member, on average over the decode."""
+        self.chunk_s = site.longs.chunk_s(job.tokens, layout)
+        self.alone_s = site.costs.shared_step_s(0, 1, self.kv_share)
+        """A member's part of a decode step, alone."""
+        self._step_s = site.longs.step_s(job.tokens, layout)
+        self._decode_step_s = site.longs.decode_step_s(kv_tokens, layout)
+        self.network_s = max(0.0, self._decode_step_s - self.alone_s)
+        """What the exchange between members adds to a decode step."""
+
     # --- orders ----------------------------------------------------------------------------------
 
     def form(self) -> None:
         job = self.job
-        for member in self._members:
-            member.kv.reserve(job.request_id, job.spec.kv_tokens // len(self._members))
+        for member in self.members:
+            member.kv.reserve(job.request_id, job.spec.kv_tokens // len(self.members))
             member.seat(self)
         self._since_s = self._site.timeline.now_s
         self._tell(GroupFormed(request_id=job.request_id, attempt=job.spec.attempt))
@@ -121,6 +129,7 @@ class Group:
         if self._state is not State.RUNNING:
             return
         self._state = State.PAUSING
+        self._stay_as_it_is()
         if not self.runs:
             self._stand(0.0)
             return
@@ -137,17 +146,18 @@ class Group:
         self.stands = True
         job = self.job
         job.pauses += 1
-        share = 1.0 - max(0.0, self._prefill.left) / self._whole_s
+        left_s, progress = max(0.0, self._prefill.left), self._progress
+        share = 1.0 - left_s / progress.whole_s
         self._tell(
             GroupPaused(
                 request_id=job.request_id,
                 attempt=job.spec.attempt,
-                step=int(share * self._whole_s / self._step_s),
-                prefilled_tokens=self._tokens_done(share),
+                step=int(share * progress.whole_s / self._step_s),
+                prefilled_tokens=int(progress.done(left_s)) if progress.has_grown else self._tokens_done(share),
                 pause_latency_s=latency_s,
             )
         )
-        for member in self._members:
+        for member in self.members:
             member.start_pass()
         if self._resume_asked:
             self.resume()
@@ -177,10 +187,61 @@ class Group:
         self._tell(GroupResumed(request_id=self.job.request_id, attempt=self.job.spec.attempt))
         self._let_run()
 
+    def grow(self, tried: Try) -> None:
+        """If it computes, at the end of the chunk."""
+        if not self.runs or self._trying is not None:
+            self._tell_grown(tried, self.members)
+            return
+        self._trying = tried
+        timeline = self._site.timeline
+        timeline.at(timeline.now_s + self._site.random.uniform(0.0, self.chunk_s), self._chunk_ended, tried)
+
+    def _chunk_ended(self, tried: Try) -> None:
+        if self._trying is not tried:
+            return
+        newcomers = tried.newcomers
+        if not self.runs or any(member.is_held_up for member in newcomers):
+            self._stay_as_it_is()
+            return
+        self._trying = None
+        self._spans("long prefill", self._since_s)
+        self._since_s = self._site.timeline.now_s
+        self._prefill.set_rate(0.0)
+        self._set_members(tried.members)
+        self._prefill.change_to(self._progress.grow(self._prefill.left, layout_of(self.members)))
+        for member in newcomers:
+            member.seat(self)
+            member.long_begins()
+        for member in self.members:
+            if member.decodes:
+                member.pace()
+        self._set_prefill_rate()
+        self._tell_grown(tried, self.members)
+
+    def _stay_as_it_is(self) -> None:
+        """If it is about to grow."""
+        tried, self._trying = self._trying, None
+        if tried is not None:
+            self._tell_grown(tried, self.members)
+
+    def _tell_grown(self, tried: Try, members: tuple[Replica, ...]) -> None:
+        request_id, attempt = self.job.request_id, self.job.spec.attempt
+        tokens = int(self._progress.done(max(0.0, self._prefill.left)))
+        self._tell(
+            GroupGrown(
+                request_id=request_id,
+                attempt=attempt,
+                growth=tried.number,
+                members=names_of(members),
+                prefilled_tokens=tokens,
+            )
+        )
+
     def dissolve(self) -> None:
         """Wherever it stands."""
         if self._state is State.GONE:
             return
+        self._stay_as_it_is()
         if self.runs:
             self._halt()
         prefilled, self._state = self._state is State.DECODING, State.GONE
@@ -193,7 +254,7 @@ class Group:
     # --- prefill ---------------------------------------------------------------------------------
 
     def _let_run(self) -> None:
-        self._blocked = sum(member.is_held_up for member in self._members)
+        self._blocked = sum(member.is_held_up for member in self.members)
         if not self._blocked:
             self._go()
 
@@ -213,7 +274,7 @@ class Group:
             self._spans("paused", self._since_s)
         self.runs = True
         self._since_s = now_s
-        for member in self._members:
+        for member in self.members:
             member.long_begins()
             if member.decodes:
                 member.pace()
@@ -224,7 +285,7 @@ class Group:
         self.runs = False
         self._prefill.set_rate(0.0)
         self._spans("long prefill", self._since_s)
-        for member in self._members:
+        for member in self.members:
             member.long_rests()
             if member.decodes:
                 member.pace()
@@ -247,6 +308,7 @@ class Group:
     def _prefilled(self) -> None:
         job, now_s = self.job, self._site.timeline.now_s
         self._halt()
+        self._stay_as_it_is()
         self._state = State.DECODING
         job.first_token_s = now_s
         last = job.output_tokens <= 1
@@ -259,7 +321,7 @@ class Group:
                 finish_reason="length" if last else None,
             )
         )
-        for member in self._members:
+        for member in self.members:
             member.unseat()
             if not last:
                 member.join_decode(self)
@@ -268,7 +330,7 @@ class Group:
             return
         self._since_s = now_s
         self._set_decode_pace()
-        for member in self._members:
+        for member in self.members:
             member.pace()
             member.start_pass()
 
@@ -296,7 +358,7 @@ class Group:
 
     def _speed(self) -> float:
         """Of the slowest member."""
-        return 1.0 if self._site.cores is None else min(member.speed for member in self._members)
+        return 1.0 if self._site.cores is None else min(member.speed for member in self.members)
 
     def _set_decode_pace(self) -> None:
         step_s = self._decode_step_s + max(self._extras.values(), default=0.0)
@@ -308,16 +370,16 @@ class Group:
             return
         self._decode.set_rate(rate)  # first: on shared cores, a member that begins changes speeds
         if rate == 0.0:
-            for member in self._members:
+            for member in self.members:
                 member.long_rests()
         elif before == 0.0:
-            for member in self._members:
+            for member in self.members:
                 member.long_begins()
 
     def _decoded(self) -> None:
         job = self.job
         if job.output_tokens > 1:
-            for member in self._members:
+            for member in self.members:
                 member.long_rests()
             self._spans("long decode", self._since_s)
         self._state = State.GONE
@@ -334,13 +396,13 @@ class Group:
 
     def _leave(self, *, decoded: bool) -> None:
         """Nothing of it stays on its members."""
-        for member in self._members:
+        for member in self.members:
             member.kv.free(self.job.request_id)
             if decoded:
                 member.leave_decode(self)
             else:
                 member.unseat()
-        for member in self._members:
+        for member in self.members:
             member.pace()
             member.start_pass()
 
@@ -353,7 +415,7 @@ class Group:
         recorder, now_s = self._site.recorder, self._site.timeline.now_s
         if recorder is None or now_s <= begin_s:
             return
-        for member in self._members:
+        for member in self.members:
             lane = f"{member.worker_id} decode" if kind == "long decode" else member.worker_id
             recorder.span(lane, kind, begin_s, now_s, self.job.request_id)
 

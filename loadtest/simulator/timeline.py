@@ -59,6 +59,12 @@ class Countdown:
         self.rate = rate
         self._aim(now_s)
 
+    def change_to(self, work: float) -> None:
+        """So much is left; it stands still."""
+        self.left = work
+        self._due_s = math.inf
+        self._serial += 1
+
     def _aim(self, now_s: float) -> None:
         if self.rate <= 0.0:
             return

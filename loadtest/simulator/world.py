@@ -43,7 +43,7 @@ from common.messages.scheduling import (
     RequestRefused,
     RequestSubmitted,
 )
-from common.messages.sp import DissolveGroup, FormGroup, PauseGroup, ResumeGroup
+from common.messages.sp import DissolveGroup, FormGroup, GrowGroup, PauseGroup, ResumeGroup
 from common.policy.cluster import SchedulerConfig
 from common.policy.core import TimePassed
 from common.policy.cost_model import ReplicaCosts
@@ -56,6 +56,7 @@ from loadtest.simulator.cores import Cores
 from loadtest.simulator.costs import LongCosts, SpCosts
 from loadtest.simulator.decoder import Decoder
 from loadtest.simulator.group import COORDINATOR_HOPS, Group
+from loadtest.simulator.growth import Try
 from loadtest.simulator.job import Job
 from loadtest.simulator.recorder import Recorder
 from loadtest.simulator.replica import Replica
@@ -163,6 +164,7 @@ class World:
             ExpectKv: self._expect_kv,
             DropRequest: self._drop,
             FormGroup: self._form_group,
+            GrowGroup: self._grow_group,
             PauseGroup: self._pause_group,
             ResumeGroup: self._resume_group,
             DissolveGroup: self._dissolve_group,
@@ -339,6 +341,11 @@ class World:
         group = Group(self._site, self._jobs[command.spec.request_id], members)
         self._groups[command.spec.request_id] = group
         self._after(COORDINATOR_HOPS, Group.form, group)
+
+    def _grow_group(self, command: GrowGroup) -> None:
+        tried = Try.of(self._groups[command.request_id], command, self._replicas)
+        tried.take_kv()
+        self._after(COORDINATOR_HOPS, Try.begin, tried)
 
     def _pause_group(self, command: PauseGroup) -> None:
         self._after(COORDINATOR_HOPS, Group.pause, self._groups[command.request_id])

@@ -23,7 +23,7 @@ is broken for good, and so, within milliseconds, are its peers'.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from common.messages.base import Record
@@ -42,6 +42,8 @@ class GroupKey(Record, frozen=True, kw_only=True):
 
     request_id: RequestId
     attempt: Attempt
+    growth: int = 0
+    """How often it has tried to grow: the ranks of a larger group meet anew."""
 
 
 class GroupLink(Protocol):
@@ -138,6 +140,10 @@ class GroupShare:
     size: int
     scheme: GroupScheme
     link: GroupLink
+    base: int = 0
+    """Tokens computed before the group grew to this size."""
+    before: tuple[int, ...] = ()
+    """By rank: of how many of these it keeps the KV; empty: the group has not grown."""
 
     def __post_init__(self) -> None:
         if refusal := misfit(self.scheme, self.size):
@@ -145,4 +151,4 @@ class GroupShare:
 
     @property
     def mesh(self) -> Mesh:
-        return Mesh.of(self.scheme, self.size)
+        return replace(Mesh.of(self.scheme, self.size), base=self.base, before=self.before)

@@ -142,6 +142,13 @@ class PrefillEngine(Protocol):
         so (`PassResult.broken_off`). Raises: KvFull, EngineError (as `open`; the link is then still the caller's)."""
         ...
 
+    def regroup(self, request_id: RequestId, share: GroupShare, on_called: OnCalled) -> None:
+        """A larger group computes this sequence from now on, of which the first `share.base` tokens are computed; the
+        link is the engine's from now on, and that of the former group is closed. KV stays where it is, and what is
+        reserved for it. Of a newcomer, opened by `open_share` with this very link: it begins there.
+        Raises: EngineError (not open, or in a pass; the link is then still the caller's)."""
+        ...
+
     async def run(self, segments: Sequence[Segment], *, background: bool = False) -> PassResult:
         """Start a pass and run it to its end or until `stop`. `background`: on a shared processor it yields to
         shorter work. Raises: EngineError."""

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import reduce
 
 from common.messages.requests import RequestSpec
 from common.policy.sp_shares import kv_of_rank
@@ -141,6 +142,22 @@ class TimedPrefillEngine:
         shared = SharedSequence(share, len(token_ids), spec.kv_tokens)
         self._sequences[spec.request_id] = _Sequence(spec, list(token_ids), None, need, group=TimedGroup(shared))
         shared.listen(spec.request_id, on_called)
+
+    def regroup(self, request_id: RequestId, share: GroupShare, on_called: OnCalled) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            raise EngineError(f"{request_id} is not open")
+        former = None if sequence.group is None else sequence.group.link
+        if self._stopped_with(request_id) is not None or (sequence.computed != share.base and former is not share.link):
+            raise EngineError(
+                f"{request_id} has {sequence.computed} tokens computed, not {share.base}, or is in a pass"
+            )
+        shared = SharedSequence(share, sequence.spec.prompt.tokens, sequence.spec.kv_tokens)
+        sequence.group, sequence.computed = TimedGroup(shared), share.base
+        sequence.state = reduce(chain, sequence.token_ids[: share.base], START)
+        shared.listen(request_id, on_called)
+        if former is not None and former is not share.link:
+            former.close()
 
     async def run(self, segments: Sequence[Segment], *, background: bool = False) -> PassResult:
         self._require_idle()

@@ -121,6 +121,22 @@ class TorchPrefillEngine:
         held.shared = SharedSequence(share, len(prompt), kv_tokens, heads, self._weights)
         held.shared.listen(name, on_called)
 
+    def regroup(self, request_id: RequestId, share: GroupShare, on_called: OnCalled) -> None:
+        held = self._held(request_id)
+        former = None if held.shared is None else held.shared.share.link
+        is_new = former is share.link
+        if held.active_pass is not None or (held.computed != share.base and not is_new):
+            raise EngineError(
+                f"request {request_id} has {held.computed} tokens computed, not {share.base}, or is in a pass"
+            )
+        heads = head_shares(self._model.query_heads, self._model.kv_heads, share.mesh.per_node)
+        kv_tokens = held.prompt_tokens + held.spec.max_tokens
+        held.shared = SharedSequence(share, held.prompt_tokens, kv_tokens, heads, self._weights)
+        held.computed = share.base
+        held.shared.listen(request_id, on_called)
+        if former is not None and not is_new:
+            former.close()
+
     def _checked(self, spec: RequestSpec, token_ids: Sequence[int]) -> list[int]:
         """The prompt. Raises: EngineError."""
         name = spec.request_id

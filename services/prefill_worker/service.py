@@ -20,10 +20,11 @@ from typing import assert_never
 from common.errors import StartupError
 from common.logs import get_logger
 from common.messages.decode import DecodeFailed, DecodeFinished
-from common.messages.groups import Announcement
+from common.messages.groups import RING, Announcement
 from common.messages.prefill import KvReleased, PrefillFailed, PrefillFinished
 from common.messages.requests import Prompt, TokensGenerated
 from common.messages.sp import (
+    RanksMet,
     SegmentDropped,
     SegmentFailed,
     SegmentFinished,
@@ -38,12 +39,14 @@ from common.policy.prefill_events import (
     BreakShare,
     BrokeOff,
     CloseSequence,
+    EnterGroup,
     FinishHandoff,
     ForgetKv,
     GroupCalled,
     GroupLost,
     HandoffFailed,
     HandoffFinished,
+    MeetOthers,
     OpenFailed,
     OpenSequence,
     PassFailed,
@@ -74,6 +77,7 @@ from services.engine.collectives import GroupBroken, GroupKey, GroupLink, GroupL
 from services.engine.data_plane import DataPlaneFactory, KvHeader, KvTrailer, PeerLost, TransferFailed
 from services.engine.interface import EngineError, KvFull, PassResult, PrefillEngine, Segment
 from services.prefill_worker.handoff import Handoff
+from services.prefill_worker.meetings import Meetings
 from services.worker.shell import WorkerPorts, WorkerShell, worker_id_of
 
 log = get_logger(__name__)
@@ -135,6 +139,7 @@ class PrefillWorker:
         self._joining: dict[RequestId, asyncio.Event] = {}
         """Of those whose ranks meet: set, if these are waited for no more."""
         self._handoffs: dict[RequestId, Handoff] = {}
+        self._meetings = Meetings(self._shell.spawn, self._shell.tell)
         self._pass_id: int | None = None
         self._tail_s = measured.histogram(TRANSFER_TAIL)
         self._failed_handoffs = measured.counter(TRANSFERS_FAILED)
@@ -156,6 +161,7 @@ class PrefillWorker:
             for link in self._links.values():
                 link.close()
             self._links.clear()
+            self._meetings.close()
             if self._groups is not None:
                 await self._groups.close()
 
@@ -178,6 +184,7 @@ class PrefillWorker:
                     await self._shell.publish(subjects.SCHEDULER, command)
                 case (
                     SegmentLoaded()
+                    | RanksMet()
                     | SegmentRunning()
                     | SegmentPaused()
                     | SegmentPrefilled()
@@ -197,6 +204,8 @@ class PrefillWorker:
         | ResumePass
         | StopPass
         | BreakShare
+        | MeetOthers
+        | EnterGroup
         | FinishHandoff
         | AbortHandoff
         | PlaceKv
@@ -213,12 +222,17 @@ class PrefillWorker:
                 asyncio.get_running_loop().call_soon(self._stop_pass, pass_id)
             case BreakShare(request_id=request_id):
                 self._break_share(request_id)
+            case MeetOthers():
+                self._meetings.begin(self._groups, command)
+            case EnterGroup():
+                self._enter_group(command)
             case OpenSequence():
                 self._open(command)
             case CloseSequence(request_id=request_id):
                 self._engine.close(request_id)
                 self._handoffs.pop(request_id, None)
                 self._links.pop(request_id, None)
+                self._meetings.forget(request_id)
             case FinishHandoff(request_id=request_id):
                 finishing = self._finish_handoff(command, self._handoffs[request_id])
                 self._shell.spawn(finishing, name=f"handoff {request_id}")
@@ -284,7 +298,7 @@ class PrefillWorker:
         if data is None:
             return
         spec = command.spec
-        key = GroupKey(request_id=spec.request_id, attempt=spec.attempt)
+        key = GroupKey(request_id=spec.request_id, attempt=spec.attempt, growth=share.growth)
         try:
             link = await self._groups.join(key, share.rank, share.addresses)
         except GroupBroken as error:
@@ -326,15 +340,30 @@ class PrefillWorker:
         link = self._links[spec.request_id]
         share = GroupShare(rank=part.rank, size=len(part.addresses), scheme=part.scheme, link=link)
         self._engine.open_share(spec, token_ids, share, partial(self._called, spec.attempt))
-        link.on_lost(partial(self._lost, spec.request_id, spec.attempt))
+        link.on_lost(partial(self._lost, link, spec.request_id, spec.attempt))
 
-    def _lost(self, request_id: RequestId, attempt: Attempt, reason: str) -> None:
-        """Told a little later: ranks leave at the end of a request too; then the order to drop it is on its way."""
+    def _enter_group(self, command: EnterGroup) -> None:
+        """Of a newcomer, its own link is that of the larger group."""
+        request_id, attempt = command.request_id, command.attempt
+        own = self._links.get(request_id)
+        met = self._meetings.take(request_id, command.growth)
+        link = own if met is None else met
+        if link is None or link.size != command.size:
+            self._shell.tell(GroupLost(request_id=request_id, attempt=attempt, reason="the larger group is gone"))
+            return
+        self._links[request_id] = link
+        share = GroupShare(command.rank, command.size, RING, link, base=command.start, before=command.kept)
+        self._engine.regroup(request_id, share, partial(self._called, attempt))
+        link.on_lost(partial(self._lost, link, request_id, attempt))
+
+    def _lost(self, link: GroupLink, request_id: RequestId, attempt: Attempt, reason: str) -> None:
+        """Told a little later: ranks leave at the end of a request too; then the order to drop it is on its way. And
+        when a group grows, they leave the smaller one."""
         event = GroupLost(request_id=request_id, attempt=attempt, reason=reason)
-        asyncio.get_running_loop().call_later(LOST_AFTER_S, self._tell_if_held, event)
+        asyncio.get_running_loop().call_later(LOST_AFTER_S, self._tell_if_held, link, event)
 
-    def _tell_if_held(self, event: GroupLost) -> None:
-        if event.request_id in self._links:
+    def _tell_if_held(self, link: GroupLink, event: GroupLost) -> None:
+        if self._links.get(event.request_id) is link:
             self._shell.tell(event)
 
     def _called(self, attempt: Attempt, request_id: RequestId, announcement: Announcement) -> None:

@@ -33,6 +33,7 @@ from common.messages.scheduling import (
 from common.messages.sp import (
     DissolveGroup,
     FormGroup,
+    GrowGroup,
     PauseGroup,
     ResumeGroup,
 )
@@ -269,7 +270,7 @@ class SchedulerService:
                 case FormGroup():
                     self._telemetry.planned(command)
                     await self._send(subjects.COORDINATOR, command)
-                case PauseGroup() | ResumeGroup() | DissolveGroup():
+                case GrowGroup() | PauseGroup() | ResumeGroup() | DissolveGroup():
                     await self._send(subjects.COORDINATOR, command)
                 case RequestAccepted() | RequestRefused() | RequestInterrupted() | RequestFailed():
                     await self._send(subjects.router(command.router_id), command)

@@ -11,6 +11,7 @@ from common.messages.sp import (
     DropSegment,
     FormGroup,
     LoadSegment,
+    MeetRanks,
     PauseSegment,
     RunSegment,
 )
@@ -126,7 +127,7 @@ class SpCoordinator:
         async with self._in_order:
             for command in commands:
                 match command:
-                    case LoadSegment() | RunSegment() | PauseSegment() | DropSegment():
+                    case LoadSegment() | MeetRanks() | RunSegment() | PauseSegment() | DropSegment():
                         await self._publish(subjects.worker(command.worker_id), command)
                     case _:
                         self._telemetry.said(command, asyncio.get_running_loop().time())

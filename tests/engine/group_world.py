@@ -36,9 +36,9 @@ def doors(kind: str, count: int, *, silence_s: float = 5.0, join_s: float = 5.0,
     return [factory() for _ in range(count)]
 
 
-async def joined(at: Sequence[GroupLinks], name: str = "r", attempt: int = 0) -> list[GroupLink]:
+async def joined(at: Sequence[GroupLinks], name: str = "r", attempt: int = 0, growth: int = 0) -> list[GroupLink]:
     """A group of all these doors, in this order."""
-    key = GroupKey(request_id=RequestId(name), attempt=Attempt(attempt))
+    key = GroupKey(request_id=RequestId(name), attempt=Attempt(attempt), growth=growth)
     addresses = [door.address for door in at]
     return list(await asyncio.gather(*(door.join(key, rank, addresses) for rank, door in enumerate(at))))
 

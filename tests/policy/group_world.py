@@ -21,13 +21,16 @@ from common.messages.sp import (
     FormGroup,
     GroupFailed,
     GroupFinished,
+    GroupGrown,
     GroupPaused,
+    GrowGroup,
     LoadSegment,
+    MeetRanks,
     PauseGroup,
     ResumeGroup,
 )
 from common.policy.core import TimePassed
-from common.policy.prefill_events import GroupCalled, GroupLost, PassSegment
+from common.policy.prefill_events import EnterGroup, GroupCalled, GroupLost, MeetOthers, OthersMet, PassSegment
 from common.policy.prefill_jobs import LongJob, LongState
 from common.policy.prefill_worker import PrefillWorkerCore
 from common.policy.sp_coordinator import SpCoordinator
@@ -36,6 +39,8 @@ from common.units import RequestId, WorkerId
 from tests.policy.prefill_world import LAYERS, STOP_TOKEN, World, config, spec
 
 Key = tuple[RequestId, int]
+LinkKey = tuple[RequestId, int, int]
+"""With the number of the growth."""
 ANSWER_S = 5.0
 
 
@@ -75,13 +80,21 @@ class GroupWorld:
         self.coordinator = SpCoordinator(ANSWER_S)
         self.now_s = 0.0
         self.worlds: dict[WorkerId, World] = {}
-        self.links: dict[Key, Link] = {}
+        self.links: dict[LinkKey, Link] = {}
+        self.at: dict[tuple[WorkerId, Key], int] = {}
+        """By which growth's link a worker computes; not here: the first."""
+        self.meeting: list[tuple[WorkerId, MeetOthers]] = []
+        self.members: dict[Key, tuple[WorkerId, ...]] = {}
+        self.growths: Counter[Key] = Counter()
+        self.answered: set[tuple[Key, int]] = set()
         self.orders: dict[WorkerId, deque[MemberOrder]] = {}
         self.words: dict[WorkerId, deque[MemberWord]] = {}
         self.said: list[GroupWord] = []
         self.endings: dict[Key, GroupFinished | GroupFailed] = {}
         self.seen: Counter[str] = Counter()
         self.stop_token_share = 0.0
+        self.unmet_share = 0.0
+        """Of the times that ranks are to meet."""
         for number in range(workers):
             self.start(WorkerId(f"p{number}"))
 
@@ -90,6 +103,7 @@ class GroupWorld:
     def start(self, worker_id: WorkerId) -> None:
         world = World(core=PrefillWorkerCore(config(worker_id=worker_id)), auto_open=False, group=self)
         self.worlds[worker_id] = world
+        self.meeting = [(who, order) for who, order in self.meeting if who != worker_id]
         self.orders[worker_id], self.words[worker_id] = deque(), deque()
 
     def kill(self, worker_id: WorkerId) -> None:
@@ -125,14 +139,28 @@ class GroupWorld:
         link.led.joined.add(worker_id)
         link.within[worker_id] = link.led
 
-    def broke(self, request_id: RequestId, attempt: int) -> None:
-        self.links[request_id, attempt].broken = True
+    def broke(self, worker_id: WorkerId, request_id: RequestId, attempt: int) -> None:
+        self._link_at(worker_id, (request_id, attempt)).broken = True
 
     def left(self, worker_id: WorkerId, request_id: RequestId, attempt: int) -> None:
-        self.links[request_id, attempt].left.add(worker_id)
+        self._link_at(worker_id, (request_id, attempt)).left.add(worker_id)
+
+    def meets(self, worker_id: WorkerId, order: MeetOthers) -> None:
+        self.meeting.append((worker_id, order))
+
+    def entered(self, worker_id: WorkerId, order: EnterGroup) -> None:
+        key = (order.request_id, order.attempt)
+        if (former := self.links.get((*key, self.at.get((worker_id, key), 0)))) is not None:
+            former.broken = former.broken or self.links[*key, order.growth] is not former
+        self.at[worker_id, key] = order.growth
+        assert self.links[*key, order.growth].members[order.rank] == worker_id
+        self.seen["entered"] += 1
 
     def _link(self, worker_id: WorkerId, request_id: RequestId) -> Link:
-        return self.links[request_id, self.worlds[worker_id].held[request_id].spec.attempt]
+        return self._link_at(worker_id, (request_id, self.worlds[worker_id].held[request_id].spec.attempt))
+
+    def _link_at(self, worker_id: WorkerId, key: Key) -> Link:
+        return self.links[*key, self.at.get((worker_id, key), 0)]
 
     def _shared(self, worker_id: WorkerId) -> Link | None:
         """Of the pass that runs there."""
@@ -158,6 +186,7 @@ class GroupWorld:
             yield from (lambda w=worker_id, r=r: self.on(w, lambda: self.worlds[w].handoff(r)) for r in world.streams)
             if world.running is not None and self._can_step(worker_id):
                 yield lambda w=worker_id: self.step(w)
+        yield from (lambda m=m: self.met(m) for m in self.meeting)
         for key, link in self.links.items():
             yield from (lambda k=key, w=w: self.tell_lost(k, w) for w in link.to_tell)
             if link.to_call and link.called is None and not (link.broken or link.left) and self._hears(link):
@@ -209,7 +238,16 @@ class GroupWorld:
         if led is not None and led.stop_at == running.steps_done:
             self.on(worker_id, world.stop_here)
 
-    def call(self, key: Key) -> None:
+    def met(self, meeting: tuple[WorkerId, MeetOthers]) -> None:
+        self.meeting.remove(meeting)
+        worker_id, order = meeting
+        key, reason = (order.request_id, order.attempt), ""
+        if self.links[*key, order.growth].broken or self.random.random() < self.unmet_share:
+            reason = "not all came"
+        event = OthersMet(request_id=order.request_id, attempt=order.attempt, growth=order.growth, reason=reason)
+        self.on(worker_id, lambda: self.worlds[worker_id].tell(event))
+
+    def call(self, key: LinkKey) -> None:
         link = self.links[key]
         link.called = link.to_call.popleft()
         assert link.led is not None
@@ -218,8 +256,10 @@ class GroupWorld:
         self.seen["called while busy"] += world.running is not None
         self.on(link.called, lambda: world.tell(event))
 
-    def tell_lost(self, key: Key, worker_id: WorkerId) -> None:
+    def tell_lost(self, key: LinkKey, worker_id: WorkerId) -> None:
         self.links[key].to_tell.discard(worker_id)
+        if self.at.get((worker_id, key[:2]), 0) != key[2]:
+            return  # it has gone over to a larger group, or does not count on this one yet
         event = GroupLost(request_id=key[0], attempt=key[1], reason="a rank is gone")
         self.on(worker_id, lambda: self.worlds[worker_id].tell(event))
 
@@ -227,7 +267,12 @@ class GroupWorld:
         order = self.orders[worker_id].popleft()
         if isinstance(order, LoadSegment):
             key = (order.spec.request_id, order.spec.attempt)
-            self.links.setdefault(key, Link(order.members, order.spec.prompt.tokens))
+            self.links.setdefault((*key, order.growth), Link(order.members, order.spec.prompt.tokens))
+            self.at[worker_id, key] = order.growth
+        elif isinstance(order, MeetRanks):
+            key = (order.request_id, order.attempt)
+            members = tuple(WorkerId(address.removesuffix(":1")) for address in order.addresses)
+            self.links.setdefault((*key, order.growth), Link(members, self.links[*key, 0].prompt_tokens))
         self.on(worker_id, lambda: self.worlds[worker_id].tell(order))
 
     def on(self, worker_id: WorkerId, act: Callable[[], object]) -> None:
@@ -249,6 +294,10 @@ class GroupWorld:
                 continue
             self.said.append(command)
             key = (command.request_id, command.attempt)
+            if isinstance(command, GroupGrown):
+                self.answered.add((key, command.growth))
+                self.seen["grown" if len(command.members) > len(self.members[key]) else "not grown"] += 1
+                self.members[key] = command.members
             if isinstance(command, GroupPaused):
                 self.require_paused(key, command.step)
             if isinstance(command, GroupFinished | GroupFailed):
@@ -261,7 +310,21 @@ class GroupWorld:
         ids = tuple(WorkerId(member) for member in members)
         addresses = tuple(f"{member}:1" for member in members) if len(members) > 1 else ()
         request = spec(name, tokens, max_tokens=max_tokens, attempt=attempt)
+        self.members[request.request_id, attempt] = ids
         self.feed(FormGroup(spec=request, members=ids, addresses=addresses))
+
+    def grow(self, name: str, attempt: int = 0) -> None:
+        """By some of those who may come in, if the last try has been answered."""
+        key = (RequestId(name), attempt)
+        mine, number = self.members[key], self.growths[key]
+        others = sorted(worker_id for worker_id in self.worlds if worker_id > mine[0] and worker_id not in mine)
+        if not others or (number and (key, number) not in self.answered):
+            return
+        self.growths[key] += 1
+        members = tuple(sorted((*mine, *self.random.sample(others, self.random.randint(1, len(others))))))
+        addresses = tuple(f"{member}:1" for member in members)
+        order = GrowGroup(request_id=key[0], attempt=attempt, growth=number + 1, members=members, addresses=addresses)
+        self.feed(order)
 
     def pause(self, name: str, attempt: int = 0) -> None:
         self.feed(PauseGroup(request_id=RequestId(name), attempt=attempt))
@@ -308,28 +371,33 @@ class GroupWorld:
 
     # --- what must hold ---
 
-    def jobs(self, key: Key) -> list[LongJob]:
-        """Of this long, on those of its ranks that hold it."""
-        held = [self.worlds[member].core.books.jobs.get(key[0]) for member in self.links[key].members]
+    def jobs(self, key: Key, growth: int) -> list[LongJob]:
+        """Of this long, on those ranks of this group that hold it and compute with it."""
+        members = [m for m in self.links[*key, growth].members if self.at.get((m, key), 0) == growth]
+        held = [self.worlds[member].core.books.jobs.get(key[0]) for member in members]
         return [job for job in held if isinstance(job, LongJob) and job.attempt == key[1]]
 
     def require_paused(self, key: Key, step: int) -> None:
-        if self.links[key].broken or self.links[key].left:
+        growth = self.at.get((self.members[key][0], key), 0)
+        link = self.links[*key, growth]
+        if link.broken or link.left:
             return  # a rank is gone, which will be heard soon
-        assert all(job.state in (LongState.PAUSED, LongState.LOADED) for job in self.jobs(key)), "a rank goes on"
-        assert {job.steps_done for job in self.jobs(key)} <= {step}, "paused at different steps"
+        jobs = [job for job in self.jobs(key, growth) if job.growth == growth]
+        assert all(job.state in (LongState.PAUSED, LongState.LOADED) for job in jobs), "a rank goes on"
+        assert {job.steps_done for job in jobs} <= {step}, "paused at different steps"
         self.seen["paused"] += 1
         self.seen["paused in a chunk"] += step % LAYERS != 0
 
     def check(self) -> None:
         for key, link in self.links.items():
-            jobs = self.jobs(key)
+            jobs = self.jobs(key[:2], key[2])
             if link.broken or link.left or len(jobs) < len(link.members) or any(job.verdict for job in jobs):
                 continue
             leader, *followers = jobs
             for job in followers:
-                assert abs(job.prefilled - leader.prefilled) <= LAYERS * 512 * len(jobs)
-                assert job.kv_tokens == -(-leader.spec.kv_tokens // len(jobs))
+                assert job.kv_tokens == -(-leader.spec.kv_tokens // job.kv_size)
+                if job.growth == leader.growth:
+                    assert abs(job.prefilled - leader.prefilled) <= LAYERS * 512 * len(jobs)
 
     def require_empty(self) -> None:
         for world in self.worlds.values():

@@ -20,10 +20,12 @@ from common.policy.prefill_events import (
     BreakShare,
     BrokeOff,
     CloseSequence,
+    EnterGroup,
     FinishHandoff,
     ForgetKv,
     HandoffFailed,
     HandoffFinished,
+    MeetOthers,
     OpenFailed,
     OpenSequence,
     PassFailed,
@@ -102,7 +104,11 @@ class Group(Protocol):
 
     def began(self, worker_id: WorkerId, segment: PassSegment, step: int) -> None: ...
 
-    def broke(self, request_id: RequestId, attempt: int) -> None: ...
+    def broke(self, worker_id: WorkerId, request_id: RequestId, attempt: int) -> None: ...
+
+    def meets(self, worker_id: WorkerId, order: MeetOthers) -> None: ...
+
+    def entered(self, worker_id: WorkerId, order: EnterGroup) -> None: ...
 
     def left(self, worker_id: WorkerId, request_id: RequestId, attempt: int) -> None: ...
 
@@ -321,7 +327,12 @@ class World:
                     return
                 assert self.running is not None
                 assert any(segment.request_id == request_id for segment in self.running.segments)
-                self.group.broke(request_id, attempt)
+                self.group.broke(self.worker_id, request_id, attempt)
+            case MeetOthers():
+                assert self.group is not None
+                self.group.meets(self.worker_id, command)
+            case EnterGroup():
+                self._enter(command)
             case CloseSequence(request_id=request_id):
                 self._close(request_id)
             case FinishHandoff(request_id=request_id):
@@ -359,6 +370,18 @@ class World:
         self._tell_group(self.running)
         self.passes.append(command.segments)
         self.in_background.append(command.background)
+
+    def _enter(self, command: EnterGroup) -> None:
+        assert self.group is not None
+        held = self.held[command.request_id]
+        assert not held.in_stopped_pass
+        assert self.running is None or all(s.request_id != command.request_id for s in self.running.segments)
+        assert held.computed in (command.start, 0), "a newcomer, or one that has done what the group has"
+        assert len(command.kept) == command.size
+        assert sum(command.kept) == command.start
+        assert command.kept[command.rank] > 0 or held.computed == 0, "a newcomer keeps nothing yet"
+        held.rank, held.shared, held.computed = command.rank, True, command.start
+        self.group.entered(self.worker_id, command)
 
     def _tell_group(self, begun: Pass) -> None:
         for segment in begun.segments:

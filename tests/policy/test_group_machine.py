@@ -24,23 +24,25 @@ def shorts(world: GroupWorld, number: int) -> None:
 
 def form(world: GroupWorld, name: str) -> int:
     """Of some workers in the order of their names, as the scheduler names them. Returns how many tokens it draws."""
-    size = world.random.randint(2, WORKERS)
+    size = world.random.randint(1, WORKERS)
     members = tuple(sorted(world.random.sample(sorted(world.worlds), size)))
     tokens, max_tokens = world.random.randint(600, 6_000), world.random.randint(1, 6)
     world.form(name, members, tokens, max_tokens)
     return max_tokens
 
 
-def disturb(world: GroupWorld, names: list[str], number: int) -> None:
+def disturb(world: GroupWorld, names: list[str], number: int, *, pauses: bool) -> None:
     """Something that the scheduler may do at any time."""
-    match world.random.randrange(6):
-        case 0 | 1:
+    match world.random.choice("sspprwgg" if pauses else "ssgggg"):
+        case "s":
             shorts(world, number)
-        case 2 | 3:
+        case "p":
             world.pause(world.random.choice(names))
-        case 4:
+        case "r":
             world.resume(world.random.choice(names))
-        case 5 if all(world.coordinator.state_of(name, 0) in UNBOUNDED for name in names):
+        case "g":
+            world.grow(world.random.choice(names))
+        case "w" if all(world.coordinator.state_of(name, 0) in UNBOUNDED for name in names):
             world.wait()  # an order to run is repeated
 
 
@@ -48,11 +50,12 @@ def run(seed: int, *, faults: bool) -> GroupWorld:
     world = GroupWorld(seed, WORKERS)
     # A stop token is drawn at times: a long may end with its first token, or before its last.
     world.stop_token_share = 0.1 if seed % 5 == 0 else 0.0
+    world.unmet_share = 0.1 if seed % 3 == 0 else 0.0
     names = ["a", "b"][: 1 + seed % 2]
     expected = {name: form(world, name) for name in names}
     for number in range(400):
         if world.random.random() < 0.08:
-            disturb(world, names, number)
+            disturb(world, names, number, pauses=seed % 3 > 0)
         elif faults and world.random.random() < 0.01:
             fault(world, names)
         else:
@@ -101,6 +104,9 @@ def test_groups_are_paused_as_one_and_get_all_their_tokens(request: pytest.Fixtu
     assert seen["paused in a chunk"] > 10
     assert seen["paused"] > seen["paused in a chunk"] > 0
     assert seen["called while busy"] > 50
+    assert seen["grown"] > 15
+    assert seen["not grown"] > 15
+    assert seen["entered"] > 2 * seen["grown"] - 5, "the old ranks, too"
 
 
 def test_whatever_is_lost_or_dropped_everything_ends_and_nothing_is_held(request: pytest.FixtureRequest) -> None:

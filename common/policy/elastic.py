@@ -1,0 +1,173 @@
+"""When a long that prefills takes in workers that have become idle (elastic degree; LoongServe, Tetris).
+
+At the end of a chunk a group of one or more may go on with more ranks. What they compute from there on is dealt out
+over all of them; KV stays where it lies, and queries travel to it. So of the work that is left, of m tokens behind b,
+
+- linear work and the attention of the m tokens to each other are shared by all: a·m + s·m² by a group of that size;
+- their attention to the b tokens before is done where these lie, by those who were there: 2·s'·b·m at the old size.
+
+The coefficients are those of a parabola through the planner's times of the whole prompt and of half of it. The gain is
+partial, and the less the later: half way through a prompt of which attention is nearly all, twice the ranks save a
+sixth of the rest. It must be worth a few seconds of somebody's time to be worth the trouble, each rank must do
+`EFFICIENCY_MIN` of what it did before, nobody else may be waiting, and the workers must have been idle for a while.
+
+A group never gives a rank back before its prefill is done: a rank that keeps KV is asked for its attention in every
+step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+from common.policy.cluster import Cluster, Request, SchedulerConfig
+from common.policy.decisions import GrowLong
+from common.policy.lifecycle import RequestState
+from common.policy.long_planner import Layout, LongPlanner
+from common.policy.placement import kv_share, layout_of
+from common.units import WorkerId
+
+EFFICIENCY_MIN = 0.5
+"""What the ranks of a larger group do each, at the least, of what those of the smaller one would."""
+GAIN_MIN_S = 0.5
+"""It must be done so much sooner: taking in a rank means to meet it, and a stop of a few milliseconds."""
+IDLE_S = 0.5
+"""So long must workers have been idle: what comes next may want them."""
+LOOKS_MAX = 4
+"""Groups that are looked at for one decision."""
+SIZES = (1, 2, 4, 8, 16, 32)
+"""Numbers of newcomers that are weighed, beside as many as there are."""
+
+PrefillTimes = Callable[[int, Layout], float]
+"""`LongPlanner.prefill_s`."""
+
+
+class Work(NamedTuple):
+    """Seconds of a prefill: linear·tokens + square·tokens²."""
+
+    linear: float
+    square: float
+
+    @classmethod
+    def of(cls, prefill_s: PrefillTimes, tokens: int, layout: Layout) -> Work:
+        whole_s, half_s = prefill_s(tokens, layout), prefill_s(max(1, tokens // 2), layout)
+        square = max(0.0, 2.0 * (whole_s - 2.0 * half_s)) / tokens**2
+        return cls(whole_s / tokens - square * tokens, square)
+
+    def seconds(self, tokens: float) -> float:
+        return (self.linear + self.square * tokens) * tokens
+
+    def tokens(self, seconds: float) -> float:
+        """That take so long."""
+        if self.square * seconds < 1e-9 * self.linear**2:
+            return seconds / self.linear if self.linear > 0.0 else 0.0
+        root = math.sqrt(self.linear**2 + 4.0 * self.square * seconds)
+        return (root - self.linear) / (2.0 * self.square)
+
+
+def remaining_s(prefill_s: PrefillTimes, tokens: int, done: float, before: Layout, after: Layout) -> float:
+    """Of a prompt of `tokens` of which `done` are prefilled by a group of layout `before`, on one of layout `after`.
+    The same layout twice: as it is."""
+    old = Work.of(prefill_s, tokens, before)
+    new = old if before == after else Work.of(prefill_s, tokens, after)
+    left = tokens - done
+    return new.seconds(left) + 2.0 * old.square * done * left
+
+
+class Elastic:
+    """Of one policy. `spare`: how many free replicas are to be left to shorts."""
+
+    def __init__(self, config: SchedulerConfig, planner: LongPlanner) -> None:
+        self._config = config
+        self._planner = planner
+        self._idle_since_s: float | None = None
+        """Since when more replicas are idle than are to be left."""
+        self._seen: int | None = None
+        """The cluster's count of changes when it was last found that nobody grows."""
+        self._look_s: float | None = None
+
+    def decide(self, cluster: Cluster, spare: int, now_s: float) -> GrowLong | None:
+        """When nobody waits."""
+        self._look_s = None
+        seats = min(len(cluster.vacant), len(cluster.seats) - spare)
+        if seats < 1 or not cluster.running or not cluster.can_form_groups:
+            self._idle_since_s = self._seen = None
+            return None
+        if self._idle_since_s is None:
+            self._idle_since_s = now_s
+        if now_s < self._idle_since_s + IDLE_S:
+            self._look_s = self._idle_since_s + IDLE_S
+            return None
+        if self._seen == cluster.room_changes:
+            return None
+        for _, _, request_id in cluster.running[:LOOKS_MAX]:
+            newcomers = self._newcomers(cluster, cluster.requests[request_id], seats, now_s)
+            if newcomers:
+                return GrowLong(cluster.requests[request_id], newcomers)
+        self._seen = cluster.room_changes
+        return None
+
+    def nobody_grows(self) -> None:
+        """Somebody waits: what is idle is for them."""
+        self._idle_since_s = self._look_s = None
+
+    def next_deadline_s(self) -> float | None:
+        return self._look_s
+
+    def _newcomers(self, cluster: Cluster, request: Request, seats: int, now_s: float) -> tuple[WorkerId, ...]:
+        size = len(request.members)
+        if request.state is not RequestState.RUNNING or request.joining or request.scheme.per_node > 1:
+            return ()
+        most = min(seats, self._config.group_max - size)
+        offered = list(_offered(cluster, request, most)) if most > 0 else []
+        return tuple(offered[: self._best(cluster, request, offered, now_s)])
+
+    def _best(self, cluster: Cluster, request: Request, offered: Sequence[WorkerId], now_s: float) -> int:
+        """How many of these it takes in."""
+        assert request.pauses is not None
+        tokens, prefill_s = request.tokens, self._planner.prefill_s
+        before, left_s = layout_of(cluster, request.members), request.pauses.remaining_s(now_s)
+        size, best, best_s = len(request.members), 0, left_s - GAIN_MIN_S
+        if not offered or best_s <= 0.0:
+            return 0
+        work = Work.of(prefill_s, tokens, before)
+        done = work.tokens(max(0.0, work.seconds(tokens) - left_s))
+        for count in sorted({*(n for n in SIZES if n < len(offered)), len(offered)}):
+            members = (*request.members, *offered[:count])
+            took_s = remaining_s(prefill_s, tokens, done, before, layout_of(cluster, members))
+            if size * left_s < EFFICIENCY_MIN * (size + count) * took_s:
+                break
+            if took_s < best_s and not _lacks_room(cluster, request, offered[:count]):
+                best, best_s = count, took_s
+        return best
+
+
+def _offered(cluster: Cluster, request: Request, most: int) -> Iterator[WorkerId]:
+    """Vacant replicas, those on the nodes of its members first. Of live ones, only such as stand behind rank 0 in the
+    one order in which groups name their members (`in_rank_order`): it stays rank 0."""
+    first = cluster.replicas[request.members[0]].profile
+    homes = Counter(cluster.replicas[member].profile.node for member in request.members)
+    nodes = chain((node for node, _ in homes.most_common()), (n for _, n in cluster.vacant.largest() if n not in homes))
+    found = 0
+    for node in nodes:
+        for worker_id in cluster.vacant.of(node, len(cluster.vacant)):
+            profile = cluster.replicas[worker_id].profile
+            live = bool(first.group_address and profile.group_address)
+            if live != bool(first.group_address or profile.group_address):
+                continue
+            if live and (profile.node, profile.worker_id) < (first.node, first.worker_id):
+                continue
+            if request.key in cluster.replicas[worker_id].held:
+                continue  # of an earlier try: it has not said yet that it is free
+            yield worker_id
+            found += 1
+            if found == most:
+                return
+
+
+def _lacks_room(cluster: Cluster, request: Request, newcomers: Sequence[WorkerId]) -> bool:
+    share = kv_share(request.spec.kv_tokens, len(request.members) + len(newcomers))
+    return any(cluster.replicas[worker_id].kv_free < share for worker_id in newcomers)
