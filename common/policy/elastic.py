@@ -36,6 +36,8 @@ GAIN_MIN_S = 0.5
 """It must be done so much sooner: taking in a rank means to meet it, and a stop of a few milliseconds."""
 IDLE_S = 0.5
 """So long must workers have been idle: what comes next may want them."""
+TRY_AGAIN_S = 5.0
+"""From one try of a group to its next, whatever came of it."""
 LOOKS_MAX = 4
 """Groups that are looked at for one decision."""
 SIZES = (1, 2, 4, 8, 16, 32)
@@ -104,10 +106,13 @@ class Elastic:
         if self._seen == cluster.room_changes:
             return None
         for _, _, request_id in cluster.running[:LOOKS_MAX]:
-            newcomers = self._newcomers(cluster, cluster.requests[request_id], seats, now_s)
-            if newcomers:
-                return GrowLong(cluster.requests[request_id], newcomers)
-        self._seen = cluster.room_changes
+            request = cluster.requests[request_id]
+            again_s = request.growth_since_s + TRY_AGAIN_S if request.growth else now_s
+            if now_s < again_s:
+                self._look_s = again_s if self._look_s is None else min(again_s, self._look_s)
+            elif newcomers := self._newcomers(cluster, request, seats, now_s):
+                return GrowLong(request, newcomers)
+        self._seen = cluster.room_changes if self._look_s is None else None
         return None
 
     def nobody_grows(self) -> None:

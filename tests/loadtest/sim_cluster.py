@@ -101,6 +101,7 @@ def build(
         "batch_tokens_max": 400,
         "colocated_tokens_max": 100,
         "group_max": 64,
+        "elastic": False,
         "pause_immunity_s": 0.0,
         "wait_instead_of_pause_s": 0.0,
         **config,

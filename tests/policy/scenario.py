@@ -41,9 +41,11 @@ from common.messages.sp import (
     GroupFailed,
     GroupFinished,
     GroupFormed,
+    GroupGrown,
     GroupPaused,
     GroupPrefillFinished,
     GroupResumed,
+    GrowGroup,
     PauseGroup,
     ResumeGroup,
 )
@@ -185,6 +187,10 @@ def parse_event(verb: str, args: list[str], options: dict[str, str]) -> Schedule
             return GroupFormed(**group(name))
         case "paused":
             return GroupPaused(**group(name), step=7, prefilled_tokens=512, pause_latency_s=0.02)
+        case "grown":
+            at_token = int(options.get("at", "0"))
+            members, growth = tuple(args[1:]), int(options["growth"])
+            return GroupGrown(**group(name), growth=growth, members=members, prefilled_tokens=at_token)
         case "resumed":
             return GroupResumed(**group(name))
         case "group-prefilled":
@@ -225,6 +231,8 @@ def render(command: SchedulerCommand) -> str:
             return f"{command.worker_id}: drop {command.request_id} attempt={command.attempt}"
         case FormGroup():
             return f"coordinator: form {command.spec.request_id} on {' '.join(command.members)}"
+        case GrowGroup():
+            return f"coordinator: grow {command.request_id} to {' '.join(command.members)}, try {command.growth}"
         case PauseGroup() | ResumeGroup() | DissolveGroup():
             return f"coordinator: {type(command).__name__.removesuffix('Group').lower()} {command.request_id}"
 

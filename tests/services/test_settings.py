@@ -88,6 +88,12 @@ def test_a_mistake_is_one_line_that_names_flag_or_variable(cls, argv, env, parts
         (["--no-preemption", "--pause-max-s", "1"], {}, "has no effect with --no-preemption; it needs --preemption"),
         (["--long-order", "arrival", "--long-aging", "0.1"], {}, "it needs --long-order remaining"),
         (["--internode-bytes-s", "1e9"], {}, "has no effect with --group-max 1; it needs --group-max 2"),
+        (["--no-elastic"], {}, "--no-elastic: has no effect with --group-max 1; it needs --group-max 2"),
+        (
+            ["--policy", "fifo", "--group-max", "2", "--no-elastic"],
+            {},
+            "--no-elastic: has no effect with --policy fifo",
+        ),
         (["--reserved-long-tokens", "9"], {}, "with --policy pecsched; it needs --policy reservation"),
         (["--policy", "fifo"], {"PECSCHED_COLOCATION": "0"}, "PECSCHED_COLOCATION: has no effect with --policy fifo"),
     ],
