@@ -35,9 +35,11 @@ from common.messages.sp import (
     GroupFailed,
     GroupFinished,
     GroupFormed,
+    GroupGrown,
     GroupPaused,
     GroupPrefillFinished,
     GroupResumed,
+    GrowGroup,
     PauseGroup,
     ResumeGroup,
 )
@@ -81,6 +83,13 @@ class FakeGroup:
     members: tuple[str, ...]
     state: str = "running"
     """running, paused, decoding; unreachable: a member was dead when it was formed, which takes a while to find out"""
+    trying: GrowGroup | None = None
+    """To grow."""
+    tried: int = 0
+
+    @property
+    def newcomers(self) -> tuple[str, ...]:
+        return tuple(w for w in self.trying.members if w not in self.members) if self.trying else ()
 
 
 @dataclass
@@ -285,6 +294,8 @@ class World:
                 for worker_id in command.members:
                     self._hold(worker_id, key, "segment")
                 self.send("c", GroupFormed(request_id=key[0], attempt=key[1]))
+            case GrowGroup():
+                self._grow((command.request_id, command.attempt), command)
             case PauseGroup() | ResumeGroup():
                 self._steer((command.request_id, command.attempt), pause=isinstance(command, PauseGroup))
             case DissolveGroup():
@@ -318,14 +329,47 @@ class World:
             return
         group.state = "paused" if pause else "running"
         if pause:
+            self._keep(key, group)
             event = GroupPaused(request_id=key[0], attempt=key[1], step=1, prefilled_tokens=1, pause_latency_s=0.01)
             self.send("c", event)
         else:
             self.send("c", GroupResumed(request_id=key[0], attempt=key[1]))
 
+    def _grow(self, key: Key, order: GrowGroup) -> None:
+        group = self.groups.get(key)
+        if group is None:
+            self.send("c", GroupFailed(request_id=key[0], attempt=key[1], reason="no such group"))
+            return
+        if group.trying is not None:
+            assert group.trying.growth == order.growth, "one try at a time"
+            return
+        newcomers = [worker_id for worker_id in order.members if worker_id not in group.members]
+        if group.tried >= order.growth or group.state != "running":
+            group.tried = max(group.tried, order.growth)
+            self._tell_grown(key, group, group.tried)
+            return
+        group.trying = order
+        for worker_id in newcomers:
+            self._hold(worker_id, key, "segment")
+        if not all(self.workers[worker_id].alive for worker_id in newcomers):
+            self._keep(key, group)
+
+    def _keep(self, key: Key, group: FakeGroup) -> None:
+        """It does not grow."""
+        if group.trying is None:
+            return
+        for worker_id in group.newcomers:
+            self.workers[worker_id].holds.pop(key, None)
+        group.tried, group.trying = group.trying.growth, None
+        self._tell_grown(key, group, group.tried)
+
+    def _tell_grown(self, key: Key, group: FakeGroup, growth: int) -> None:
+        word = GroupGrown(request_id=key[0], attempt=key[1], growth=growth, members=group.members, prefilled_tokens=1)
+        self.send("c", word)
+
     def _dissolve(self, key: Key, reason: str, *, retryable: bool = True) -> None:
         group = self.groups.pop(key, None)
-        for worker_id in group.members if group else ():
+        for worker_id in (*group.members, *group.newcomers) if group else ():
             self.workers[worker_id].holds.pop(key, None)
         self.send("c", GroupFailed(request_id=key[0], attempt=key[1], reason=reason, retryable=retryable))
 
@@ -375,6 +419,10 @@ class World:
         about = {"request_id": key[0], "attempt": key[1]}
         if group.state == "unreachable":
             self._dissolve(key, "a member cannot be reached")
+        elif group.trying is not None:
+            group.members, group.tried, group.trying = group.trying.members, group.trying.growth, None
+            self.seen["grown"] += 1
+            self._tell_grown(key, group, group.tried)
         elif group.state == "running":
             group.state = "decoding"
             self.send("c", GroupPrefillFinished(compute_s=1, **about))
@@ -396,6 +444,9 @@ class World:
         worker = self.workers[worker_id]
         self.workers[worker_id] = replace(worker, alive=False, holds={})
         self.to_scheduler.pop(worker_id, None)
+        for key in [k for k, g in self.groups.items() if worker_id in g.newcomers]:
+            self.seen["newcomer lost"] += 1
+            self._keep(key, self.groups[key])
         for key in [k for k, g in self.groups.items() if worker_id in g.members]:
             request = self.scheduler.cluster.requests.get(key[0])
             if len(self.groups[key].members) > 1 and request is not None and request.key == key:

@@ -185,7 +185,9 @@ class Stream:
 def test_a_long_starts_though_shorts_keep_every_replica_busy(group_max: int, load: float):
     sizes = [100, 300, 200, 400]
     work_s = sum(shorts_s(COST, size, size) for size in sizes) / len(sizes)
-    stream = Stream(SchedulerConfig(group_max=group_max, lease_s=1e9, no_worker_s=1e9), replicas=4, hop_s=0.001)
+    stream = Stream(
+        SchedulerConfig(group_max=group_max, elastic=False, lease_s=1e9, no_worker_s=1e9), replicas=4, hop_s=0.001
+    )
     stream.at(0.1, lambda: stream.shorts_every(work_s / load / 4, sizes))
     stream.at(20.0, lambda: stream.handle(RequestSubmitted(spec=spec("L", 20_000 * min(group_max, 4) - 20))))
     stream.run(lambda: bool(stream.longs))
@@ -214,7 +216,13 @@ def test_a_long_ends_though_shorts_never_stop(
     tokens: int,
 ):
     config = SchedulerConfig(
-        pause_share_max=share, pause_max_s=pause_max_s, group_max=group_max, lease_s=1e9, no_worker_s=1e9, queue_max=500
+        pause_share_max=share,
+        pause_max_s=pause_max_s,
+        group_max=group_max,
+        elastic=False,
+        lease_s=1e9,
+        no_worker_s=1e9,
+        queue_max=500,
     )
     stream = Stream(config, replicas, hop_s)
     names = [f"L{i}" for i in range(replicas)]
