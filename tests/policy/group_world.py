@@ -371,7 +371,7 @@ class GroupWorld:
 
     # --- what must hold ---
 
-    def jobs(self, key: Key, growth: int) -> list[LongJob]:
+    def jobs(self, key: Key, growth: int = 0) -> list[LongJob]:
         """Of this long, on those ranks of this group that hold it and compute with it."""
         members = [m for m in self.links[*key, growth].members if self.at.get((m, key), 0) == growth]
         held = [self.worlds[member].core.books.jobs.get(key[0]) for member in members]

@@ -158,7 +158,7 @@ class Quiet:
     def began(self, worker_id, segment, step) -> None:
         self.began_at.append(step)
 
-    def broke(self, request_id, attempt) -> None:
+    def broke(self, worker_id, request_id, attempt) -> None:
         self.broken.append(request_id)
 
     def left(self, worker_id, request_id, attempt) -> None:
