@@ -104,9 +104,9 @@ def test_groups_are_paused_as_one_and_get_all_their_tokens(request: pytest.Fixtu
     assert seen["paused in a chunk"] > 10
     assert seen["paused"] > seen["paused in a chunk"] > 0
     assert seen["called while busy"] > 50
-    assert seen["grown"] > 15
+    assert seen["grown"] > 8
     assert seen["not grown"] > 15
-    assert seen["entered"] > 2 * seen["grown"] - 5, "the old ranks, too"
+    assert seen["entered"] > 2 * seen["grown"], "the old ranks, too"
 
 
 def test_whatever_is_lost_or_dropped_everything_ends_and_nothing_is_held(request: pytest.FixtureRequest) -> None:
