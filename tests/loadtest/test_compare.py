@@ -88,3 +88,20 @@ def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
         said = capsys.readouterr().err
         assert why in said, path
         assert said.count("\n") == 1, path
+
+
+def test_simulated_runs_have_the_report_and_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load = ["--synthetic-s", "20", "--long-percentile", "90", "--long-low", "30000", "--long-high", "60000"]
+    a, b, page = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "sim.html"
+    assert main(["sim", *load, "--policy", "fifo", "--json", str(a)]) == 0
+    assert main(["sim", *load, "--json", str(b), "--html", str(page)]) == 0
+    html = page.read_text(encoding="utf-8")
+    assert "simulated (simulated): mistral-7b on 4 nodes of 8 a100" in html
+    assert "Queueing delay over the run" in html
+    assert "Lanes of the workers" in html
+    capsys.readouterr()
+    assert main(["compare", str(a), str(b)]) == 0
+    out = capsys.readouterr().out
+    assert "policy fifo" in out
+    assert "policy pecsched" in out
+    assert "queueing delay p99" in out

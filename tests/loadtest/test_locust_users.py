@@ -83,7 +83,7 @@ from loadtest.locust_users.shape import TraceShape
 slow, fast = [at / 2 for at in range(200)], [200 + at / 10 for at in range(1000)]
 shape = TraceShape([*slow, *fast], 0.5)
 print([shape.users_at(now_s) for now_s in (0.0, 50.0, 150.0, 250.0)])
-for now_s in (50.0, 299.0, 301.0):
+for now_s in (50.0, 290.0, 301.0):
     shape.get_run_time = lambda: now_s
     print(shape.tick())
 short = TraceShape(slow, 0.5, 5.0)
