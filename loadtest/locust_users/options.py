@@ -52,7 +52,7 @@ def add_arguments(parser: Any) -> None:
     add("--api-key", "", str, "bearer token, where the router asks for one", env="PECSCHED_API_KEY", is_secret=True)
     add("--http-weight", 1, not_negative, "of users over HTTP; 0: none [1]")
     add("--nats-weight", 1, not_negative, "of users over NATS; 0: none [1]")
-    add("--short-weight", 19, not_negative, "of the task short; 0: none [19]")
+    add("--short-weight", 9, not_negative, "of the task short; 0: none [9]")
     add("--long-weight", 1, not_negative, "of the task long; 0: none [1]")
     add("--short-tokens", SHORT_TOKENS, token_range, "prompt of a short, LOW-HIGH [32-256]")
     add("--long-tokens", None, token_range, "prompt of a long [75 to 90 %% of the model's context]")
