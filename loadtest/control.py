@@ -43,7 +43,8 @@ OUTPUT_TOKENS = 16
 LEVELS = (8, 16, 32, 64, 128, 256)
 """Clients of the closed loop, in turn."""
 GROWTH_MIN = 1.02
-"""A level that brings less than this over the best so far ends the search."""
+FLAT_LEVELS_MAX = 2
+"""So many levels in a row that bring less than this over the best so far end the search."""
 WARM_UP_SHARE = 0.25
 OPEN_SHARE = 0.5
 ANSWER_S = 30.0
@@ -150,14 +151,15 @@ class Bench:
         """The best level's figures, and the rate of each."""
         best: dict[str, Any] = {}
         levels: dict[str, float] = {}
+        flat = 0
         for clients in self.options.levels:
             with self.bars.waiting(f"{transport}: {clients} clients"):
                 level = await self.closed_loop(clients, self.options.seconds)
             rate = levels[str(clients)] = level["requests_per_s"]
-            grown = rate >= GROWTH_MIN * best.get("requests_per_s", 0.0)
+            flat = 0 if rate >= GROWTH_MIN * best.get("requests_per_s", 0.0) else flat + 1
             if rate > best.get("requests_per_s", 0.0):
                 best = {**level, "clients": clients}
-            if not grown:
+            if flat == FLAT_LEVELS_MAX:
                 break
         return best, levels
 

@@ -173,7 +173,7 @@ def bench(door: FakeDoor, **options) -> Bench:
 @virtual
 async def test_the_search_ends_where_more_clients_bring_nothing_and_the_open_loop_takes_half():
     door = FakeDoor()
-    figures, _ = await bench(door, seconds=4.0, levels=(4, 8, 8, 16), streams=20).measure("http")
+    figures, _ = await bench(door, seconds=4.0, levels=(4, 8, 8, 8, 16), streams=20).measure("http")
     assert figures["levels"] == {"4": pytest.approx(40, rel=0.05), "8": pytest.approx(80, rel=0.05)}
     assert figures["clients"] == 8
     assert figures["tokens_per_s"] == 16 * figures["requests_per_s"]
