@@ -14,7 +14,11 @@ between its steps there (`common/policy/decode_pace.py`), which bounds what it c
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
+
+from common.policy.decode_pace import HOLD_S
+from loadtest.simulator.timeline import Timeline
 
 NICE_FACTOR = 1.25
 """Between the weights of two neighbouring levels of niceness (Linux, sched(7))."""
@@ -46,7 +50,7 @@ class Cores:
         in between it is linear. `crowded`: beside that, of who steps while there are more busy workers than cores, over
         0. `background_nice`, `step_nice`: niceness of what computes in the background, and of who steps; whose weight
         counts `step_gain` times. `step_distance_s`: from the begin of a step to that of the next, while there are more
-        busy workers than cores.
+        busy workers than cores, and for a while after (`HOLD_S`), where time passes (`attach`).
         Raises: ValueError."""
         if count < 1 or together <= 0.0 or crowded <= 0.0 or step_gain <= 0.0:
             raise ValueError(f"{count} cores at {together} and {crowded} of their speed: one at least, and it must run")
@@ -56,9 +60,16 @@ class Cores:
         self._background = NICE_FACTOR**-background_nice
         self._step = step_gain * NICE_FACTOR**-step_nice
         self._step_distance_s = step_distance_s
+        self._timeline: Timeline | None = None
+        self._shared_until_s = -math.inf
+        """So long steps keep their distance, though there is a core for each."""
         self._weights: dict[Task, float] = {}
         self._speeds: dict[Task, float] = {}
         self._step_s: dict[Task, float] = {}
+
+    def attach(self, timeline: Timeline) -> None:
+        """Time passes, as this says."""
+        self._timeline = timeline
 
     def use(self, task: Task, *, background: bool = False, step_s: float | None = None) -> None:
         """It computes from now on. Tells everyone whose speed this changes, the task itself at its first use. `step_s`:
@@ -85,7 +96,8 @@ class Cores:
         if self._count > 1:
             core_speed -= (1.0 - self._together) * max(0, busy - 1) / (self._count - 1)
         cores, total = float(self._count), sum(weights.values())
-        usable = {task: self._usable(task, core_speed) for task in weights}
+        keeps_distance = self._steps_keep_distance()
+        usable = {task: self._usable(task, core_speed, keeps_distance) for task in weights}
         changed: list[tuple[Task, float]] = []
         # Whoever is due more than it can use leaves the rest to the others; the first are those due the most of that.
         for task in sorted(weights, key=lambda task: usable[task] / weights[task]):
@@ -102,9 +114,27 @@ class Cores:
             if self._speeds.get(task) == speed:  # who was told may have changed everything again
                 task.set_speed(speed)
 
-    def _usable(self, task: Task, core_speed: float) -> float:
+    def _usable(self, task: Task, core_speed: float, keeps_distance: bool) -> float:
         """Of a core at most: one thread has one, and who keeps a distance between its steps not all of that."""
         step_s = self._step_s.get(task)
-        if step_s is None or not self._step_distance_s or len(self._weights) <= self._count:
+        if step_s is None or not keeps_distance:
             return 1.0
         return min(1.0, step_s / (core_speed * self._step_distance_s))
+
+    def _steps_keep_distance(self) -> bool:
+        """There are too few cores, or were not long ago; has this asked again when that is over."""
+        if not self._step_distance_s:
+            return False
+        if len(self._weights) > self._count:
+            self._shared_until_s = math.inf
+        elif self._timeline is not None and math.isinf(self._shared_until_s) and self._shared_until_s > 0.0:
+            self._shared_until_s = self._timeline.now_s + HOLD_S
+            self._timeline.at(self._shared_until_s, self._let_step, self._shared_until_s)
+        return len(self._weights) > self._count or (
+            self._timeline is not None and self._timeline.now_s < self._shared_until_s
+        )
+
+    def _let_step(self, until_s: float) -> None:
+        if self._shared_until_s == until_s:
+            self._shared_until_s = -math.inf
+            self._share_out()

@@ -122,6 +122,8 @@ class World:
         self._core = Scheduler(config, epoch=1, planner=planner)
         self._timeline = Timeline()
         self._recorder = Recorder() if record else None
+        if cores is not None:
+            cores.attach(self._timeline)
         self._site = Site(
             timeline=self._timeline,
             costs=costs,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from common.policy.cluster import SchedulerConfig
+from common.policy.decode_pace import HOLD_S
 from loadtest.simulator.cores import Cores
 from loadtest.simulator.result import Outcome
+from loadtest.simulator.timeline import Timeline
 from loadtest.simulator.world import ClusterShape, World
 from tests.loadtest.sim_cluster import (
     DECODE_S,
@@ -113,6 +115,27 @@ def test_who_steps_keeps_a_distance_in_a_crowd_only_and_leaves_the_rest_to_the_o
     assert stepper.speed == pytest.approx(0.4), "more rows, longer steps"
     cores.use(stepper, step_s=0.4)
     assert stepper.speed == pytest.approx(0.8 * 0.5 * 2 / 3), "no longer than by its weight"
+
+
+def test_steps_keep_their_distance_for_a_while_after_the_crowd() -> None:
+    cores, timeline, stepper, longs = Cores(2, step_distance_s=0.1), Timeline(), Worker(), [Worker(), Worker()]
+    cores.attach(timeline)
+    for task in longs:
+        cores.use(task)
+    cores.use(stepper, step_s=0.02)
+    assert stepper.speed == pytest.approx(0.2)
+    timeline.now_s = 5.0
+    cores.leave(longs[0])
+    assert stepper.speed == pytest.approx(0.2), "it cannot know so soon"
+    when_s, _, do, what = timeline.heap.pop()
+    timeline.now_s = when_s
+    do(what)
+    assert when_s == pytest.approx(5.0 + HOLD_S)
+    assert stepper.speed == 1.0
+    cores.use(longs[0])
+    assert stepper.speed == pytest.approx(0.2), "a new crowd"
+    do(what)
+    assert stepper.speed == pytest.approx(0.2), "what was to end the last one does not end this"
 
 
 @pytest.mark.parametrize(
