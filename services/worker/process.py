@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import secrets
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -45,10 +46,11 @@ SettingsT = TypeVar("SettingsT", bound=WorkerSettings)
 def run_worker(
     role: WorkerRole, settings: SettingsT, serve: Callable[[SettingsT, WorkerMeans], Awaitable[None]]
 ) -> int:
-    """Runs until a signal; returns the exit status. A worker without a name is named after host and process."""
+    """Runs until a signal; returns the exit status. A worker without a name is named after host and process, and by
+    chance: of containers on one network both may be the same."""
     if not settings.worker_id:
         host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())
-        settings = msgspec.structs.replace(settings, worker_id=f"{role}-{host}-{os.getpid()}")
+        settings = msgspec.structs.replace(settings, worker_id=f"{role}-{host}-{os.getpid()}-{secrets.token_hex(2)}")
 
     name = f"{role}-worker"
     metrics = Metrics(name, settings.worker_id)
