@@ -349,7 +349,7 @@ class DecodeWorkerCore:
         active = tuple(row.request_id for row in self.rows.values() if row.phase is RowPhase.ACTIVE)
         if not active:
             return
-        due_s = self._pace.next_step_s(self._now_s)
+        due_s = self._pace.next_step_s(len(active), self._now_s)
         if due_s > self._now_s:
             self._step_due_s = due_s
             return

@@ -73,7 +73,7 @@ class Cores:
 
     def use(self, task: Task, *, background: bool = False, step_s: float | None = None) -> None:
         """It computes from now on. Tells everyone whose speed this changes, the task itself at its first use. `step_s`:
-        with a pause after each step, which takes so long by itself."""
+        with a pause after each step, which takes so long by itself; infinite: such as keep no distance."""
         weight = self._background if background else self._step if step_s is not None else 1.0
         if self._weights.get(task) == weight and self._step_s.get(task) == step_s:
             return

@@ -7,8 +7,11 @@ row joins or leaves.
 
 from __future__ import annotations
 
+import math
+
 from common.messages.decode import DecodeFinished
 from common.messages.prefill import KvReleased
+from common.policy.decode_pace import GATHERED_ROWS
 from common.units import WorkerId
 from loadtest.simulator.decode_batch import DecodeBatch
 from loadtest.simulator.job import Job
@@ -69,7 +72,8 @@ class Decoder:
         if rows:
             alone_s = site.costs.decode_step_s(rows, batch.kv_tokens)
             if site.cores is not None:
-                site.cores.use(self, step_s=alone_s)  # may say a new speed, by which this comes here again
+                # May say a new speed, by which this comes here again.
+                site.cores.use(self, step_s=alone_s if rows < GATHERED_ROWS else math.inf)
                 if self._serial != serial:
                     return
             batch.step_s = alone_s / self._speed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from common.policy.cluster import SchedulerConfig
@@ -115,6 +117,8 @@ def test_who_steps_keeps_a_distance_in_a_crowd_only_and_leaves_the_rest_to_the_o
     assert stepper.speed == pytest.approx(0.4), "more rows, longer steps"
     cores.use(stepper, step_s=0.4)
     assert stepper.speed == pytest.approx(0.8 * 0.5 * 2 / 3), "no longer than by its weight"
+    cores.use(stepper, step_s=math.inf)
+    assert stepper.speed == pytest.approx(0.8 * 0.5 * 2 / 3), "nor does it keep a distance then"
 
 
 def test_steps_keep_their_distance_for_a_while_after_the_crowd() -> None:
