@@ -15,6 +15,7 @@ from common.messages.base import Record
 PolicyName = Literal["pecsched", "fifo", "reservation", "priority"]
 LongOrder = Literal["remaining", "arrival"]
 EngineName = Literal["torch", "timed"]
+SpillTo = Literal["off", "memory", "disk"]
 DtypeName = Literal["auto", "bfloat16", "float32"]
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
@@ -33,6 +34,12 @@ NOT_WITH = "not_with"
 
 _PECSCHED = Meta(extra={ONLY_WITH: {"policy": ("pecsched",)}})
 _PAUSES = Meta(extra={ONLY_WITH: {"policy": ("pecsched",), "preemption": (True,)}})
+_SPILLS = Meta(
+    extra={ONLY_WITH: {"policy": ("pecsched",), "preemption": (True,), "disaggregation": (True,)}},
+    description="where the KV of a paused long may be moved so that shorts have room, as a last resort",
+)
+_TO_DISK = Meta(extra={ONLY_WITH: {"spill": ("disk",)}})
+_SPILLED = Meta(extra={ONLY_WITH: {"spill": ("memory", "disk")}})
 _AGED = Meta(extra={ONLY_WITH: {"policy": ("pecsched",), "long_order": ("remaining",)}})
 GROUP_MAX = 64
 _ELASTIC = Meta(extra={ONLY_WITH: {"policy": ("pecsched",), "group_max": tuple(range(2, GROUP_MAX + 1))}})
@@ -161,6 +168,7 @@ class SchedulerSettings(CommonSettings, frozen=True, kw_only=True):
         _PECSCHED,
         Meta(description="a short waits this long for a free replica rather than disturb a long"),
     ] = 0.05
+    spill: Annotated[SpillTo, _SPILLS] = "memory"
     colocated_tokens_max: Annotated[Count, Meta(description="short tokens that share a step with a long's decode")] = (
         192
     )
@@ -179,6 +187,7 @@ class CoordinatorSettings(CommonSettings, frozen=True, kw_only=True):
     metrics_host: MetricsHost = "127.0.0.1"
     metrics_port: MetricsPort = 0
     answer_s: Annotated[Duration, Meta(description="longest silence of a rank after an order")] = 5.0
+    move_s: Annotated[Duration, Meta(description="how long a rank may take to move the KV of a paused long")] = 60.0
 
 
 class WorkerSettings(ModelSettings, frozen=True, kw_only=True):
@@ -218,6 +227,15 @@ class PrefillWorkerSettings(WorkerSettings, frozen=True, kw_only=True):
         Duration, Meta(description="longest silence of another worker in a pass of a long that both compute")
     ] = 5.0
     join_s: Annotated[Duration, Meta(description="how long workers that are to share a long wait for each other")] = 4.0
+    spill: Annotated[SpillTo, Meta(description="where this worker moves the KV of a paused long, if it is asked")] = (
+        "memory"
+    )
+    spill_bytes_max: Annotated[
+        int, _SPILLED, Meta(ge=1, le=2**50, description="bytes of KV moved there at once, at most")
+    ] = 2**30
+    spill_dir: Annotated[
+        str, _TO_DISK, Meta(description="folder for that on disk; empty: the system's for temporary files")
+    ] = ""
     long_nice: Annotated[
         int, Meta(ge=0, le=19, description="niceness of the thread that prefills longs (CPU): shorts come first")
     ] = 8

@@ -118,8 +118,9 @@ class Lanes:
                 self._life(spec.request_id).members = members
             case GroupPaused(request_id=name):
                 life = self._life(name)
-                life.pauses += 1
-                life.paused_since_s = at_s
+                if life.paused_since_s is None:  # else said again: by a heartbeat, or its KV was elsewhere meanwhile
+                    life.pauses += 1
+                    life.paused_since_s = at_s
             case GroupResumed(request_id=name):
                 _resumed(self._life(name), at_s)
             case GroupPrefillFinished(request_id=name):

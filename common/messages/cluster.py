@@ -78,6 +78,8 @@ class WorkerProfile(Record, frozen=True, kw_only=True):
     """None: not measured."""
     core_share: Annotated[float, Meta(ge=0.0)] = 0.0
     """Of its node's processor cores, how many it computes on; 0: not said, or it computes on none."""
+    spill_bytes_max: Bytes = 0
+    """KV of paused longs that it may move out of its places at once; 0: it moves none."""
 
 
 HoldingPhase = Literal["queued", "prefill", "handoff", "expected", "decode"]

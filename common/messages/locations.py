@@ -8,9 +8,12 @@ from common.messages.base import Record
 from common.messages.cluster import WorkerProfile
 from common.units import Attempt, RequestId, RouterId, Tokens, WorkerId
 
-KvState = Literal["filling", "paused", "handoff", "receiving", "decoding"]
-"""`filling`: a prefill computes it. `paused`: a prefill stopped, its KV stays. `handoff`: complete, being
-sent. `receiving`: reserved, arriving. `decoding`: complete, grows by a token per step."""
+KvState = Literal["filling", "paused", "spilled", "handoff", "receiving", "decoding"]
+"""`filling`: a prefill computes it. `paused`: a prefill stopped, its KV stays. `spilled`: and was moved away
+(`moved_to`). `handoff`: complete, being sent. `receiving`: reserved, arriving. `decoding`: complete, grows by a token
+per step."""
+
+MovedTo = Literal["memory", "disk"]
 
 
 class KvLocation(Record, frozen=True, kw_only=True):
@@ -27,6 +30,8 @@ class KvLocation(Record, frozen=True, kw_only=True):
     layers: int
     """How many layers have KV for these tokens; the model's count once the prefill is done."""
     reserved_tokens: Tokens = 0
+    moved_to: MovedTo | None = None
+    """Of what is spilled: where it lies, on the worker's machine."""
 
 
 class WorkerLease(Record, frozen=True, kw_only=True):

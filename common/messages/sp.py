@@ -10,7 +10,7 @@ from __future__ import annotations
 from common.messages.base import Message, Record
 from common.messages.groups import RING, GroupScheme
 from common.messages.requests import FinishReason, RequestSpec
-from common.units import Attempt, RequestId, Seconds, Tokens, WorkerId
+from common.units import Attempt, Bytes, RequestId, Seconds, Tokens, WorkerId
 
 # --- scheduler → coordinator ---------------------------------------------------------------------
 
@@ -37,6 +37,21 @@ class PauseGroup(Message, frozen=True, kw_only=True):
 
 class ResumeGroup(Message, frozen=True, kw_only=True):
     """Continue the prefill at the very step where it stopped."""
+
+    request_id: RequestId
+    attempt: Attempt
+
+
+class SpillGroup(Message, frozen=True, kw_only=True):
+    """Move the KV of this paused group out of its places on all ranks, or on none; it stays paused and keeps its
+    members. Answered by `GroupSpilled` or `GroupNotSpilled`."""
+
+    request_id: RequestId
+    attempt: Attempt
+
+
+class RestoreGroup(Message, frozen=True, kw_only=True):
+    """Bring its KV back: its room is reserved again on every member. Answered by `GroupPaused`: it stands as before."""
 
     request_id: RequestId
     attempt: Attempt
@@ -103,6 +118,21 @@ class GroupGrown(Message, frozen=True, kw_only=True):
     """Where the larger group took over."""
     reason: str = ""
     """Why it is as it was."""
+
+
+class GroupSpilled(Message, frozen=True, kw_only=True):
+    """No rank keeps KV of it in its places any more."""
+
+    request_id: RequestId
+    attempt: Attempt
+
+
+class GroupNotSpilled(Message, frozen=True, kw_only=True):
+    """A rank could not; all have their KV in its places, and the group stands as before."""
+
+    request_id: RequestId
+    attempt: Attempt
+    reason: str
 
 
 class GroupPrefillFinished(Message, frozen=True, kw_only=True):
@@ -208,6 +238,24 @@ class PauseSegment(Message, frozen=True, kw_only=True):
     """To rank 0: not before the chunk that it is in is done."""
 
 
+class SpillSegment(Message, frozen=True, kw_only=True):
+    """Move this paused share's KV out, to host memory or a file, and free its places. Answered by `SegmentSpilled` or
+    `SegmentNotSpilled`. Idempotent."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+
+
+class RestoreSegment(Message, frozen=True, kw_only=True):
+    """Reserve KV again and bring it back. Answered by `SegmentPaused`: it stands where it stood; or by `SegmentFailed`.
+    Idempotent."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+
+
 class DropSegment(Message, frozen=True, kw_only=True):
     """Stop at once, free everything. Answered by `SegmentDropped`, also when nothing is held."""
 
@@ -253,6 +301,25 @@ class SegmentPaused(Message, frozen=True, kw_only=True):
     pause_latency_s: Seconds
     """From the receipt of the order, or from the moment a short began to wait here while the long ran if that was
     earlier, to the end of the step that was running (0 if none was)."""
+
+
+class SegmentSpilled(Message, frozen=True, kw_only=True):
+    """Its places are free."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+    kv_bytes: Bytes
+    """What was moved: of the tokens computed so far."""
+
+
+class SegmentNotSpilled(Message, frozen=True, kw_only=True):
+    """No room for it elsewhere; it stands where it stood, with its KV."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+    reason: str
 
 
 class SegmentPrefilled(Message, frozen=True, kw_only=True):

@@ -56,6 +56,7 @@ class SchedulerConfig(Record, frozen=True, kw_only=True):
     shorts_spare: float = 2.5
     elastic: bool = True
     reserved_long_tokens: int = 500_000
+    spill: str = "memory"
 
 
 class Request(msgspec.Struct, eq=False):
@@ -126,6 +127,7 @@ class Reservation(msgspec.Struct, eq=False):
     """Last order given about it; heartbeats older than a grace after it prove nothing."""
     dropped: bool = False
     """The worker was told to drop it and has not confirmed."""
+    of_long: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -160,6 +162,8 @@ class Replica(Worker):
     """The long that holds its prefill place (running or paused)."""
     decoding: set[RequestId] = field(default_factory=set)
     """Longs that decode here."""
+    kv_of_longs: int = 0
+    """What is reserved for longs: shorts never have that."""
     home: LoadIndex[WorkerId] | None = None
     """The one index of the cluster that has it."""
 
@@ -217,6 +221,8 @@ class Cluster:
         """Decoders by reserved KV."""
         self.can_form_groups = False
         """Whether an SP coordinator is there."""
+        self.spill_token_s = 0.0
+        """What it took to move a long's KV out of a replica, the last time, by token reserved for it there."""
         self._kv_max: dict[str, int] = {}
         self._per_node: Counter[str] = Counter()
         self._largest_nodes: dict[int, list[int]] = {}
@@ -358,6 +364,18 @@ class Cluster:
 
     # --- KV --------------------------------------------------------------------------------------
 
+    def reserve_long(self, replica: Replica, key: HoldKey, tokens: int, now_s: float) -> None:
+        """For a member of its group; or again, with other tokens: its KV was moved out, or comes back."""
+        reservation = replica.held.get(key)
+        if reservation is None:
+            self.reserve(replica, key, 0, now_s)
+            reservation = replica.held[key]
+        more = tokens - reservation.tokens
+        reservation.tokens, reservation.ordered_s, reservation.of_long = tokens, now_s, True
+        replica.kv_reserved += more
+        replica.kv_free -= more
+        replica.kv_of_longs += more
+
     def reserve(self, worker: Replica | Decoder, key: HoldKey, tokens: int, now_s: float) -> None:
         if key in worker.held:
             raise InvariantViolated(f"{key} is reserved twice on {worker.worker_id}")
@@ -381,6 +399,8 @@ class Cluster:
             return reservation is not None
         request = self.requests.get(key[0])
         self.room_changes += request is None or request.is_long
+        if reservation is not None and reservation.of_long:
+            worker.kv_of_longs -= reservation.tokens
         if key in worker.queued or key in worker.resident:
             worker.queued_tokens -= worker.queued.pop(key, 0)
             worker.resident.discard(key)

@@ -45,7 +45,19 @@ class GrowLong(msgspec.Struct, frozen=True):
     newcomers: tuple[WorkerId, ...]
 
 
-Decision = PlaceShort | PlaceLong | PauseLong | ResumeLong | GrowLong
+class SpillLong(msgspec.Struct, frozen=True):
+    """Move the KV of this paused long out of its replicas."""
+
+    request: Request
+
+
+class RestoreLong(msgspec.Struct, frozen=True):
+    """Bring it back: there is room."""
+
+    request: Request
+
+
+Decision = PlaceShort | PlaceLong | PauseLong | ResumeLong | GrowLong | SpillLong | RestoreLong
 
 
 class SchedulingPolicy(Protocol):

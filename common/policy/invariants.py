@@ -66,6 +66,9 @@ def kv_is_exact_and_under_its_cap(cluster: Cluster) -> None:
         require(total <= worker.profile.kv_capacity_tokens, f"{name}: {total} tokens of KV exceed its capacity")
         if isinstance(worker, Decoder):
             require(len(worker.held) <= worker.profile.rows_max, f"{name}: more rows than it has")
+            continue
+        of_longs = sum(r.tokens for r in worker.held.values() if r.of_long)
+        require(worker.kv_of_longs == of_longs, f"{name}: KV of longs {worker.kv_of_longs} != sum {of_longs}")
 
 
 def queued_tokens_are_exact_and_under_their_cap(cluster: Cluster, config: SchedulerConfig) -> None:
@@ -153,7 +156,8 @@ def who_waits_stands_nowhere(cluster: Cluster) -> None:
 
 
 def a_group_keeps_its_kv(cluster: Cluster) -> None:
-    """On every member, the share that was set aside when it was formed; paused as well as running."""
+    """On every member, the share that was set aside when it was formed; paused as well as running. Nothing while it is
+    spilled."""
     for name, request in cluster.requests.items():
         if not request.is_long or request.state not in IN_GROUP:
             continue
@@ -168,6 +172,7 @@ def a_group_keeps_its_kv(cluster: Cluster) -> None:
             require(reservation is not None, f"{name}: no KV on {worker_id} while {state}")
             assert reservation is not None
             share = kv_of_rank(request.scheme, size, rank, request.spec.kv_tokens, replica.profile.layer)
+            share = 0 if request.state is RequestState.SPILLED else share
             require(reservation.tokens == share, f"{name}: {reservation.tokens} tokens of KV on {worker_id}: {share}")
             require(not reservation.dropped, f"{name}: {worker_id} was told to drop it while {state}")
 

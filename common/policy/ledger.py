@@ -18,7 +18,15 @@ from common.messages.decode import ExpectKv
 from common.messages.prefill import DropRequest, RunPrefill
 from common.messages.records import RequestRecord
 from common.messages.scheduling import RequestAccepted, RequestFailed, RequestInterrupted, RequestRefused
-from common.messages.sp import DissolveGroup, FormGroup, GrowGroup, PauseGroup, ResumeGroup
+from common.messages.sp import (
+    DissolveGroup,
+    FormGroup,
+    GrowGroup,
+    PauseGroup,
+    RestoreGroup,
+    ResumeGroup,
+    SpillGroup,
+)
 from common.policy.cluster import Cluster, Decoder, HoldKey, Replica, Request, SchedulerConfig
 from common.policy.core import require
 from common.policy.decisions import SchedulingPolicy
@@ -290,6 +298,8 @@ class Ledger:
         | GrowGroup
         | PauseGroup
         | ResumeGroup
+        | SpillGroup
+        | RestoreGroup
         | DissolveGroup,
     ) -> None:
         """Stamp a message with its cause and this scheduler's epoch, and send it."""

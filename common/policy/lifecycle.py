@@ -31,6 +31,11 @@ class RequestState(StrEnum):
     """The group prefills."""
     PAUSING = "pausing"
     PAUSED = "paused"
+    SPILLING = "spilling"
+    """Paused, and its KV is being moved out of its replicas (`spill.py`)."""
+    SPILLED = "spilled"
+    RESTORING = "restoring"
+    """Its KV is being brought back; then it is paused again."""
     RESUMING = "resuming"
     # both
     INTERRUPTED = "interrupted"
@@ -56,21 +61,28 @@ LONG_TRANSITIONS: Table[RequestState] = {
     S.FORMING: frozenset({S.RUNNING, S.DECODING, S.INTERRUPTED}),
     S.RUNNING: frozenset({S.PAUSING, S.DECODING, S.INTERRUPTED}),
     S.PAUSING: frozenset({S.PAUSED, S.DECODING, S.INTERRUPTED}),
-    S.PAUSED: frozenset({S.RESUMING, S.INTERRUPTED}),
+    S.PAUSED: frozenset({S.RESUMING, S.SPILLING, S.INTERRUPTED}),
+    S.SPILLING: frozenset({S.SPILLED, S.PAUSED, S.INTERRUPTED}),
+    S.SPILLED: frozenset({S.RESTORING, S.INTERRUPTED}),
+    S.RESTORING: frozenset({S.PAUSED, S.INTERRUPTED}),
     S.RESUMING: frozenset({S.RUNNING, S.DECODING, S.INTERRUPTED}),
     S.DECODING: frozenset({S.INTERRUPTED}),
     S.INTERRUPTED: frozenset({S.QUEUED}),
 }
-"""FORMING, PAUSING and RESUMING → DECODING: the prefill ended before an order was heard, or a word was lost."""
+"""FORMING, PAUSING and RESUMING → DECODING: the prefill ended before an order was heard, or a word was lost.
+SPILLING → PAUSED: a member had no room for it elsewhere."""
 
-IN_GROUP = frozenset({S.FORMING, S.RUNNING, S.PAUSING, S.PAUSED, S.RESUMING, S.DECODING})
+IN_GROUP = frozenset(LONG_TRANSITIONS.keys() - {S.QUEUED, S.INTERRUPTED})
 """States in which a long has a group."""
 
 PREFILLING_LONG = IN_GROUP - {S.DECODING}
 """States in which a long holds the prefill place of its replicas."""
 
-STANDING_LONG = frozenset({S.PAUSING, S.PAUSED})
-"""States in which shorts on its replicas need no new pause."""
+MOVED_LONG = frozenset({S.SPILLING, S.SPILLED, S.RESTORING})
+"""States of a pause in which its KV is, or may be, elsewhere."""
+
+STANDING_LONG = frozenset({S.PAUSING, S.PAUSED, S.SPILLING, S.SPILLED})
+"""States in which shorts on its replicas need no new pause. (While its KV comes back it gets no more of them.)"""
 
 
 def table_of(*, long: bool) -> Table[RequestState]:

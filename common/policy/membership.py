@@ -15,6 +15,7 @@ from common.policy.ledger import Ledger
 from common.policy.lifecycle import IN_GROUP, RequestState
 from common.policy.reconcile import compare_holdings
 from common.policy.scheduler_io import EndBusRequest, WorkerKeptOut
+from common.policy.spill_orders import remind
 from common.units import RequestId, RouterId, WorkerId
 
 STRANGERS_MAX = 100
@@ -276,6 +277,8 @@ class Membership:
             self._ledger.emit(PauseGroup(request_id=request.request_id, attempt=request.spec.attempt))
         elif request.state is RequestState.RESUMING:
             self._ledger.emit(ResumeGroup(request_id=request.request_id, attempt=request.spec.attempt))
+        else:
+            remind(self._ledger, request)
 
     def on_coordinator_left(self) -> None:
         """No group is formed until the next one reports."""

@@ -25,12 +25,13 @@ from collections.abc import Iterator
 
 from common.policy.cluster import Cluster, Request, SchedulerConfig
 from common.policy.costs import shorts_s
-from common.policy.decisions import Decision, PauseLong, PlaceLong, PlaceShort, ResumeLong
+from common.policy.decisions import Decision, PauseLong, PlaceLong, PlaceShort, RestoreLong, ResumeLong
 from common.policy.elastic import Elastic
 from common.policy.lifecycle import RequestState
 from common.policy.long_planner import LongPlanner
 from common.policy.placement import NoPlace, bounds_of, decoder_for, group_for_long, kv_share, place_short
 from common.policy.queues import RequestQueue, by_arrival
+from common.policy.spill import comes_back_in_s, room_by_spilling, spills
 from common.policy.timers import Timers
 from common.units import RequestId, WorkerId
 
@@ -58,6 +59,7 @@ class PecSchedPolicy:
         self._config = config
         self._planner = planner
         self._bounds = bounds_of(config)
+        self._spills = spills(config)
         self._shorts = RequestQueue(_due_s)
         self._longs = RequestQueue(self._rank_of_long if config.long_order == "remaining" else by_arrival)
         self._load = ShortLoad()
@@ -139,10 +141,19 @@ class PecSchedPolicy:
         place = place_short(cluster, self._config, self._bounds, request, now_s)
         if isinstance(place, NoPlace):
             self._retry_s = place.retry_s
-            return None
+            return self._make_room(cluster, request, now_s) if self._spills else None
         pause = place.replica.long if place.rule == "pause" else None
         home = place.replica if decoder is None or not self._config.disaggregation else decoder
         return PlaceShort(request, place.replica.worker_id, home.worker_id, place.rule, pause)
+
+    def _make_room(self, cluster: Cluster, request: Request, now_s: float) -> Decision | None:
+        """The last resort."""
+        found = room_by_spilling(cluster, self._bounds, request, now_s)
+        if not isinstance(found, NoPlace):
+            return found
+        retries_s = [at_s for at_s in (self._retry_s, found.retry_s) if at_s is not None]
+        self._retry_s = min(retries_s, default=None)
+        return None
 
     def _next_long(self, cluster: Cluster, now_s: float) -> Decision | None:
         request = self._longs.head
@@ -204,6 +215,9 @@ class PecSchedPolicy:
             if request.state is RequestState.PAUSED:
                 if self._pause_is_over(cluster, request, now_s):
                     return ResumeLong(request)
+            elif request.state is RequestState.SPILLED:
+                if self._comes_back(cluster, request, now_s):
+                    return RestoreLong(request)
             elif request.state is RequestState.RUNNING and self._strands(cluster, request, now_s):
                 return PauseLong(request)
         return None
@@ -217,6 +231,12 @@ class PecSchedPolicy:
             return True
         self._timers.at(now_s + left_s, request.request_id)
         return False
+
+    def _comes_back(self, cluster: Cluster, request: Request, now_s: float) -> bool:
+        wait_s = comes_back_in_s(cluster, self._bounds, request, now_s)
+        if wait_s:
+            self._timers.at(now_s + wait_s, request.request_id)
+        return wait_s == 0.0
 
     def _strands(self, cluster: Cluster, request: Request, now_s: float) -> bool:
         """Shorts left behind by a pause that reached its bound are served by the next one it owes."""

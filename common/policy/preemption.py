@@ -8,6 +8,7 @@ thrashes. A long prefill
   where P is the longest single pause (the second term is what it may yield at once at the start);
 - is not paused for longer than P at a time;
 - runs undisturbed for a while after each pause;
+- is not away for longer because its KV was moved out (`spill.py`): what bringing it back takes counts in the bounds;
 - is not paused when it is nearly done. How far it is, it says at each pause; the estimate alone would not do:
   a long that its machine slows down would look nearly done long before it is, and hold up shorts all that time.
 """
@@ -48,6 +49,12 @@ class PauseAccount:
     base_share: float = 0.0
     """Of its work, done when its group last grew, after `base_s` of running: its pace is counted from there."""
     base_s: float = 0.0
+    spilled: tuple[int, ...] = ()
+    """Its KV lies elsewhere: by rank, the tokens that its room was reserved for, and will be again."""
+    move_s: float = 0.0
+    """What moving it there took, the last time; bringing it back takes as long."""
+    spills_from_s: float = 0.0
+    """It is not moved again before it has run for so long in all."""
 
     def paused(self, now_s: float, done_share: float = 0.0) -> None:
         """`done_share`: how much of its work it has done, 0 … 1; 0: unknown."""
@@ -68,6 +75,14 @@ class PauseAccount:
         self.base_s = self.done_s = self._ran_s(now_s)
         self.base_share = self.done_share = done_share
         self.estimate_s = self.base_s + left_s
+
+    def moved_out(self, now_s: float, took_s: float, reserved: tuple[int, ...]) -> None:
+        """It is worth its trouble again when the long has run for as long as the way out and back took."""
+        self.spilled, self.move_s = reserved, took_s
+        self.spills_from_s = self._ran_s(now_s) + max(2.0 * took_s, EPSILON_S)
+
+    def may_spill(self, now_s: float) -> bool:
+        return self._ran_s(now_s) >= self.spills_from_s
 
     def suspended_by(self, now_s: float) -> float:
         running = 0.0 if self.paused_since_s is None else now_s - self.paused_since_s
@@ -116,4 +131,6 @@ class PauseAccount:
         # budget(t) falls by (1 - σ) per second of pause: it lasts budget / (1 - σ) longer.
         fall = max(1e-9, 1.0 - bounds.share_max)
         left_s = min(single_s, self.budget_s(now_s, bounds) / fall)
+        if self.spilled:
+            left_s -= self.move_s
         return left_s if left_s > EPSILON_S else 0.0

@@ -23,9 +23,10 @@ from common.policy.prefill_events import (
     SequenceShare,
     StopPass,
 )
-from common.policy.prefill_jobs import Job, LongJob, LongState, Meeting, ShortJob, ShortState, Verdict
+from common.policy.prefill_jobs import MOVING, Job, LongJob, LongState, Meeting, ShortJob, ShortState, Verdict
 from common.policy.prefill_outbox import Outbox
 from common.policy.prefill_passes import PassKind, next_pass
+from common.policy.prefill_spill import MOVED, stop_moving
 from common.policy.sp_shares import misfit
 from common.policy.story import StoryLog
 from common.units import Attempt, RequestId
@@ -159,7 +160,9 @@ class PrefillBooks:
                 self.stop_pass()
             return
         if isinstance(job, LongJob):
-            if job.state is not LongState.LOADING:
+            if job.state in MOVING:
+                stop_moving(self.out, job)
+            elif job.state is not LongState.LOADING:
                 self.close(job)
             elif job.is_shared and not job.leaves:
                 job.leaves = True
@@ -299,9 +302,10 @@ class PrefillBooks:
                 waits = in_pass or job.state in (ShortState.OPENING, ShortState.ABORTING)
                 self._require(job.verdict is None or waits, job, f"is {job.state} though it ended")
             else:
-                waits = in_pass or job.state is LongState.LOADING
+                waits = in_pass or job.state is LongState.LOADING or job.state in MOVING
                 self._require(job.verdict is None or waits, job, f"is {job.state} though it ended")
                 self._require(job.state is not LongState.PAUSING or in_pass, job, "is pausing without a pass")
+                self._require(not (in_pass and job.state in MOVED), job, "is in a pass while its KV is elsewhere")
                 self._require(job.chunk_steps < self.config.layers, job, f"stands at step {job.chunk_steps}")
         if self.running is None:
             left = next_pass(self.config, self.shorts(), self.longs(), self.last_kind)

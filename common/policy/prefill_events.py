@@ -10,7 +10,7 @@ from common.messages.base import Record
 from common.messages.cluster import LayerShape, StepCost
 from common.messages.decode import DecodeFailed, DecodeFinished
 from common.messages.groups import Announcement, GroupScheme
-from common.messages.locations import KvLocation
+from common.messages.locations import KvLocation, MovedTo
 from common.messages.prefill import (
     DropRequest,
     KvReleased,
@@ -25,17 +25,21 @@ from common.messages.sp import (
     MeetRanks,
     PauseSegment,
     RanksMet,
+    RestoreSegment,
     RunSegment,
     SegmentDropped,
     SegmentFailed,
     SegmentFinished,
     SegmentLoaded,
+    SegmentNotSpilled,
     SegmentPaused,
     SegmentPrefilled,
     SegmentRunning,
+    SegmentSpilled,
+    SpillSegment,
 )
 from common.policy.core import TimePassed
-from common.units import Attempt, RequestId, Seconds, TokenId, Tokens, WorkerId
+from common.units import Attempt, Bytes, RequestId, Seconds, TokenId, Tokens, WorkerId
 
 
 class PrefillWorkerConfig(Record, frozen=True, kw_only=True):
@@ -179,6 +183,28 @@ class AbortHandoff(Record, frozen=True, kw_only=True):
     attempt: Attempt
 
 
+class SpillKv(Record, frozen=True, kw_only=True):
+    """Move the KV of a sequence that stands still out of its places, and free these. Ends in `KvSpilled` or
+    `SpillFailed`."""
+
+    request_id: RequestId
+    attempt: Attempt
+
+
+class RestoreKv(Record, frozen=True, kw_only=True):
+    """Reserve KV again and bring back what was moved out. Ends in `KvRestored` or `RestoreFailed`."""
+
+    request_id: RequestId
+    attempt: Attempt
+
+
+class StopMove(Record, frozen=True, kw_only=True):
+    """Of no use any more: what moves its KV, out or back, ends soon, well or badly."""
+
+    request_id: RequestId
+    attempt: Attempt
+
+
 class PlaceKv(Record, frozen=True, kw_only=True):
     """Write to the store where KV lies. Nothing waits for it."""
 
@@ -290,7 +316,51 @@ class HandoffFailed(Record, frozen=True, kw_only=True):
     """Not this stream failed but its receiver: nobody answers there."""
 
 
-PrefillOrder = RunPrefill | DropRequest | LoadSegment | MeetRanks | RunSegment | PauseSegment | DropSegment
+class KvSpilled(Record, frozen=True, kw_only=True):
+    """Its places are free; so many bytes lie elsewhere."""
+
+    request_id: RequestId
+    attempt: Attempt
+    kv_bytes: Bytes
+    moved_to: MovedTo
+
+
+class SpillFailed(Record, frozen=True, kw_only=True):
+    """Its KV is where it was."""
+
+    request_id: RequestId
+    attempt: Attempt
+    reason: str
+
+
+class KvRestored(Record, frozen=True, kw_only=True):
+    """Its KV is where it was before, and nothing of it elsewhere."""
+
+    request_id: RequestId
+    attempt: Attempt
+
+
+class RestoreFailed(Record, frozen=True, kw_only=True):
+    """Its KV is lost, or not all there."""
+
+    request_id: RequestId
+    attempt: Attempt
+    reason: str
+
+
+KvMoved = KvSpilled | SpillFailed | KvRestored | RestoreFailed
+
+PrefillOrder = (
+    RunPrefill
+    | DropRequest
+    | LoadSegment
+    | MeetRanks
+    | RunSegment
+    | PauseSegment
+    | SpillSegment
+    | RestoreSegment
+    | DropSegment
+)
 """What comes over the bus."""
 
 PrefillLocalEvent = (
@@ -305,6 +375,7 @@ PrefillLocalEvent = (
     | PassFailed
     | HandoffFinished
     | HandoffFailed
+    | KvMoved
 )
 
 PrefillEvent = PrefillOrder | PrefillLocalEvent | TimePassed
@@ -316,6 +387,8 @@ ToCoordinator = (
     | RanksMet
     | SegmentRunning
     | SegmentPaused
+    | SegmentSpilled
+    | SegmentNotSpilled
     | SegmentPrefilled
     | SegmentFinished
     | SegmentFailed
@@ -333,6 +406,9 @@ PrefillCommand = (
     | EnterGroup
     | FinishHandoff
     | AbortHandoff
+    | SpillKv
+    | RestoreKv
+    | StopMove
     | PlaceKv
     | ForgetKv
     | TokensGenerated

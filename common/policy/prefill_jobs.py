@@ -49,6 +49,10 @@ class LongState(StrEnum):
     PAUSING = "pausing"
     """Its pass was told to stop."""
     PAUSED = "paused"
+    SPILLING = "spilling"
+    """Paused, and its KV is moved out (`prefill_spill.py`)."""
+    SPILLED = "spilled"
+    RESTORING = "restoring"
     DECODING = "decoding"
     GONE = "gone"
 
@@ -70,15 +74,22 @@ was streamed, or the pass failed before anything was."""
 
 LONG_TRANSITIONS: Table[LongState] = {
     L.LOADING: frozenset({L.LOADED, L.GONE}),
-    L.LOADED: frozenset({L.RUNNING, L.PAUSED, L.GONE}),
+    L.LOADED: frozenset({L.RUNNING, L.PAUSED, L.SPILLING, L.GONE}),
     L.RUNNING: frozenset({L.PAUSING, L.PAUSED, L.DECODING, L.GONE}),
     L.PAUSING: frozenset({L.RUNNING, L.PAUSED, L.DECODING, L.GONE}),
-    L.PAUSED: frozenset({L.RUNNING, L.GONE}),
+    L.PAUSED: frozenset({L.RUNNING, L.SPILLING, L.GONE}),
+    L.SPILLING: frozenset({L.SPILLED, L.PAUSED, L.GONE}),
+    L.SPILLED: frozenset({L.RESTORING, L.GONE}),
+    L.RESTORING: frozenset({L.PAUSED, L.GONE}),
     L.DECODING: frozenset({L.GONE}),
     L.GONE: frozenset(),
 }
 """LOADED → PAUSED: a pause before the first step. RUNNING → PAUSED: no pass of it ran. PAUSING → DECODING:
-the prefill ended before the stop was heard. PAUSING → RUNNING: told to run again meanwhile."""
+the prefill ended before the stop was heard. PAUSING → RUNNING: told to run again meanwhile. SPILLING → PAUSED: there
+was no room for it elsewhere."""
+
+MOVING = frozenset({L.SPILLING, L.RESTORING})
+"""An effect touches its KV: its end waits for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +226,7 @@ class LongJob(Job):
     ends_chunk: bool = False
     """Told to pause when the chunk is done."""
     leaves: bool = False
-    """Shared, being opened: the other ranks are waited for no more."""
+    """Shared, being opened: the other ranks are waited for no more. Being moved: that was told to end."""
     owes_running: bool = False
     """Follower: told to run, and a short stands in the way."""
     row_pass_id: int = 0
@@ -224,6 +235,8 @@ class LongJob(Job):
     """Start of its first pass since it was last told to run."""
     pause_received_s: float = 0.0
     last_pause_latency_s: float = 0.0
+    spilled_bytes: int = 0
+    """Of its KV, when it was last moved out."""
 
     @property
     def is_shared(self) -> bool:
@@ -259,7 +272,7 @@ class LongJob(Job):
 
     def holding(self) -> Holding:
         phase: HoldingPhase = "decode" if self.state is L.DECODING else "prefill"
-        return _holding(self, phase, 0 if self.state is L.LOADING else self.kv_tokens)
+        return _holding(self, phase, 0 if self.state in (L.LOADING, L.SPILLED) else self.kv_tokens)
 
 
 def finish_reason(spec: RequestSpec, token_id: int, generated: int) -> FinishReason | None:

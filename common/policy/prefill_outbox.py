@@ -7,7 +7,7 @@ the order in which it was decided.
 from __future__ import annotations
 
 from common.messages.decode import DecodeFailed, DecodeFinished
-from common.messages.locations import KvLocation, KvState
+from common.messages.locations import KvLocation, KvState, MovedTo
 from common.messages.prefill import KvReleased, PrefillFailed, PrefillFinished
 from common.messages.requests import FinishReason, TokenChunk, TokensGenerated
 from common.messages.sp import (
@@ -16,9 +16,11 @@ from common.messages.sp import (
     SegmentFailed,
     SegmentFinished,
     SegmentLoaded,
+    SegmentNotSpilled,
     SegmentPaused,
     SegmentPrefilled,
     SegmentRunning,
+    SegmentSpilled,
 )
 from common.policy.prefill_events import (
     AbortHandoff,
@@ -84,7 +86,7 @@ class Outbox:
         self.do(CloseSequence(request_id=job.request_id, attempt=job.attempt))
         self.do(ForgetKv(request_id=job.request_id))
 
-    def place_kv(self, job: ShortJob | LongJob, state: KvState) -> None:
+    def place_kv(self, job: ShortJob | LongJob, state: KvState, moved_to: MovedTo | None = None) -> None:
         location = KvLocation(
             request_id=job.request_id,
             attempt=job.attempt,
@@ -92,7 +94,8 @@ class Outbox:
             state=state,
             tokens=job.prefilled,
             layers=self._layers,
-            reserved_tokens=job.kv_tokens,
+            reserved_tokens=job.kv_tokens if moved_to is None else 0,
+            moved_to=moved_to,
         )
         self.do(PlaceKv(location=location))
 
@@ -165,6 +168,12 @@ class Outbox:
 
     def ranks_met(self, request_id: RequestId, attempt: Attempt, growth: int, reason: str = "") -> None:
         self.do(RanksMet(**self._about(request_id, attempt), growth=growth, reason=reason))
+
+    def segment_spilled(self, job: LongJob, kv_bytes: int) -> None:
+        self.do(SegmentSpilled(**self._about(job.request_id, job.attempt), kv_bytes=kv_bytes))
+
+    def segment_not_spilled(self, job: LongJob, reason: str) -> None:
+        self.do(SegmentNotSpilled(**self._about(job.request_id, job.attempt), reason=reason))
 
     def segment_prefilled(self, job: LongJob, reason: FinishReason | None) -> None:
         self.do(

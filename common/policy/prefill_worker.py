@@ -14,6 +14,7 @@ Rules, beside those of `prefill_passes.py` (which pass is next) and `prefill_job
 - A rank of a group that grows goes over to the larger one between two chunks (`prefill_growth.py`).
 - Every short ends with exactly one `KvReleased` or, decoded here, `DecodeFinished`, its last message; every long with
   `SegmentFinished`, `SegmentFailed` or `SegmentDropped`.
+- The KV of a paused long may be moved out of its places, and is brought back before it runs on: `prefill_spill.py`.
 - An order of an older term than the newest seen is ignored (term 0: from someone who has none). An order for an
   older attempt than the one held is ignored or answered with "nothing held"; one for a later attempt first
   drops what is held, and is taken up when that has ended.
@@ -25,7 +26,16 @@ from typing import assert_never
 
 from common.messages.cluster import Holding
 from common.messages.prefill import DropRequest, RunPrefill
-from common.messages.sp import DropSegment, LoadSegment, MeetRanks, PauseSegment, RunSegment
+from common.messages.sp import (
+    DropSegment,
+    LoadSegment,
+    MeetRanks,
+    PauseSegment,
+    RestoreSegment,
+    RunSegment,
+    SpillSegment,
+)
+from common.policy import prefill_spill
 from common.policy.core import InvariantViolated, TimePassed
 from common.policy.prefill_books import PrefillBooks, RunningPass
 from common.policy.prefill_events import (
@@ -34,6 +44,9 @@ from common.policy.prefill_events import (
     GroupLost,
     HandoffFailed,
     HandoffFinished,
+    KvMoved,
+    KvRestored,
+    KvSpilled,
     OpenFailed,
     OthersMet,
     PassFailed,
@@ -44,9 +57,11 @@ from common.policy.prefill_events import (
     PrefillEvent,
     PrefillOrder,
     PrefillWorkerConfig,
+    RestoreFailed,
     ResumePass,
     SampledToken,
     SequenceOpened,
+    SpillFailed,
 )
 from common.policy.prefill_growth import enter_group, meet, others_met
 from common.policy.prefill_jobs import Asker, LongJob, LongState, ShortJob, ShortState, Verdict, finish_reason
@@ -83,6 +98,8 @@ class PrefillWorkerCore:
                 | DropSegment()
             ):
                 self._obey(event)
+            case SpillSegment() | RestoreSegment():
+                self._obey(event)
             case SequenceOpened():
                 self._opened(event)
             case OpenFailed():
@@ -103,6 +120,8 @@ class PrefillWorkerCore:
                 self._pass_failed(event)
             case HandoffFinished() | HandoffFailed():
                 self._handoff_ended(event)
+            case KvSpilled() | SpillFailed() | KvRestored() | RestoreFailed():
+                self._moved(event)
             case TimePassed():
                 pass
             case _:
@@ -149,6 +168,8 @@ class PrefillWorkerCore:
                 self._run_segment(order)
             case PauseSegment():
                 self._pause_segment(order)
+            case SpillSegment() | RestoreSegment():
+                self._move_segment(order)
             case DropRequest():
                 self._drop("scheduler", order.request_id, order.attempt)
             case DropSegment():
@@ -201,6 +222,8 @@ class PrefillWorkerCore:
                 self._say_running(long)
             case LongState.LOADING | LongState.DECODING | LongState.GONE:
                 return  # answered by SegmentLoaded; was answered by SegmentPrefilled
+            case LongState.SPILLING | LongState.SPILLED | LongState.RESTORING:
+                return  # nobody asks this of what was not brought back
             case _:
                 assert_never(long.state)
 
@@ -231,10 +254,17 @@ class PrefillWorkerCore:
                 self.books.out.segment_paused(long)
             case LongState.PAUSING | LongState.LOADING | LongState.DECODING | LongState.GONE:
                 return  # the answer is on its way
+            case LongState.SPILLING | LongState.SPILLED | LongState.RESTORING:
+                return  # it stands, and has said so
             case _:
                 assert_never(long.state)
 
-    def _long(self, order: RunSegment | PauseSegment) -> LongJob | None:
+    def _move_segment(self, order: SpillSegment | RestoreSegment) -> None:
+        long = self._long(order)
+        if long is not None and long.verdict is None:
+            prefill_spill.obey(self.books, long, order)
+
+    def _long(self, order: RunSegment | PauseSegment | SpillSegment | RestoreSegment) -> LongJob | None:
         held = self.books.jobs.get(order.request_id)
         if isinstance(held, LongJob) and held.attempt == order.attempt:
             return held
@@ -299,6 +329,11 @@ class PrefillWorkerCore:
             suspect = handoff.worker_id if handoff is not None and event.peer_lost else None
             job.verdict = job.verdict or Verdict("failed", f"handoff failed: {event.reason}", suspect=suspect)
         self.books.close(job)
+
+    def _moved(self, event: KvMoved) -> None:
+        job = self.books.held(event.request_id, event.attempt)
+        assert isinstance(job, LongJob)
+        prefill_spill.ended(self.books, job, event)
 
     def _pass_finished(self, event: PassFinished) -> None:
         done = self._take_running(event.pass_id)

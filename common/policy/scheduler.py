@@ -40,9 +40,11 @@ from common.messages.sp import (
     GroupFinished,
     GroupFormed,
     GroupGrown,
+    GroupNotSpilled,
     GroupPaused,
     GroupPrefillFinished,
     GroupResumed,
+    GroupSpilled,
     PauseGroup,
     ResumeGroup,
 )
@@ -50,16 +52,26 @@ from common.messages.views import ClusterView
 from common.policy.capacity import beyond_capacity
 from common.policy.cluster import Cluster, Decoder, Replica, Request, SchedulerConfig
 from common.policy.core import TimePassed
-from common.policy.decisions import Decision, GrowLong, PauseLong, PlaceLong, PlaceShort, ResumeLong
+from common.policy.decisions import (
+    Decision,
+    GrowLong,
+    PauseLong,
+    PlaceLong,
+    PlaceShort,
+    RestoreLong,
+    ResumeLong,
+    SpillLong,
+)
 from common.policy.growing import give_back, grow, grown
 from common.policy.ledger import Ledger
-from common.policy.lifecycle import HANDING_OVER, IN_GROUP, RequestState
+from common.policy.lifecycle import HANDING_OVER, IN_GROUP, MOVED_LONG, RequestState
 from common.policy.live_planner import GroupPlan, Rank, plan_group
 from common.policy.long_planner import LongPlanner
 from common.policy.membership import Membership
 from common.policy.placement import bounds_of, in_rank_order, kv_share, layout_of
 from common.policy.preemption import PauseAccount
 from common.policy.scheduler_io import SchedulerCommand, SchedulerEvent
+from common.policy.spill_orders import SpillOrders
 from common.policy.view import describe
 from common.units import RequestId
 
@@ -74,6 +86,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, epoch: int, planner: LongPlanner | None = None) -> None:
         self._ledger = Ledger(config, epoch, planner)
         self._membership = Membership(self._ledger)
+        self._spill_orders = SpillOrders(self._ledger)
         self._config = config
         self._cluster = self._ledger.cluster
         self._policy = self._ledger.policy
@@ -148,6 +161,8 @@ class Scheduler:
                 self._on_decode_finished(event)
             case GroupFormed() | GroupPaused() | GroupResumed() | GroupPrefillFinished() | GroupGrown():
                 self._on_group_moved(event)
+            case GroupSpilled() | GroupNotSpilled():
+                self._spill_orders.answered(event)
             case GroupFinished() | GroupFailed():
                 self._on_group_ended(event)
             case WorkerHeartbeat():
@@ -338,6 +353,8 @@ class Scheduler:
                 request.pauses.paused(self._ledger.now_s, self._ledger.done_share(request, event.prefilled_tokens))
                 self._counters["pauses"] += 1
                 self._ledger.move(request, RequestState.PAUSED)
+            case GroupPaused() if state is RequestState.RESTORING:
+                self._ledger.move(request, RequestState.PAUSED)
             case GroupResumed() if state is RequestState.RESUMING:
                 request.pauses.resumed(self._ledger.now_s, self._bounds)
                 self._ledger.move(request, RequestState.RUNNING)
@@ -349,7 +366,7 @@ class Scheduler:
                 pass  # it has been heard, or was overtaken
 
     def _on_group_prefilled(self, request: Request, event: GroupPrefillFinished) -> None:
-        if request.state is RequestState.PAUSED:
+        if request.state is RequestState.PAUSED or request.state in MOVED_LONG:
             self._ledger.interrupt(request, "its prefill ended while it was paused")
             return
         assert request.pauses is not None
@@ -395,6 +412,10 @@ class Scheduler:
                 )
             case GrowLong():
                 grow(self._ledger, decision)
+            case SpillLong():
+                self._spill_orders.spill(decision.request)
+            case RestoreLong():
+                self._spill_orders.restore(decision.request)
             case _:
                 assert_never(decision)
 
@@ -444,7 +465,7 @@ class Scheduler:
         request.sizes = (len(members),) * len(members)
         self._ledger.move(request, RequestState.FORMING)
         for replica, share in zip(replicas, plan.reserved, strict=True):
-            self._cluster.reserve(replica, request.key, share, self._ledger.now_s)
+            self._cluster.reserve_long(replica, request.key, share, self._ledger.now_s)
             self._cluster.seat_long(replica, request.request_id)
         self._counters["placed_long"] += 1
         self._ledger.save(request)

@@ -36,12 +36,16 @@ from common.messages.sp import (
     GroupFinished,
     GroupFormed,
     GroupGrown,
+    GroupNotSpilled,
     GroupPaused,
     GroupPrefillFinished,
     GroupResumed,
+    GroupSpilled,
     GrowGroup,
     PauseGroup,
+    RestoreGroup,
     ResumeGroup,
+    SpillGroup,
 )
 from common.policy.core import TimePassed
 from common.units import Attempt, RequestId, WorkerId
@@ -117,6 +121,8 @@ SchedulerHeard = (
     | GroupFormed
     | GroupGrown
     | GroupPaused
+    | GroupSpilled
+    | GroupNotSpilled
     | GroupResumed
     | GroupPrefillFinished
     | GroupFinished
@@ -141,5 +147,7 @@ SchedulerCommand = (
     | GrowGroup
     | PauseGroup
     | ResumeGroup
+    | SpillGroup
+    | RestoreGroup
     | DissolveGroup
 )

@@ -9,9 +9,9 @@ The rules of one group stand in `sp_group.py`. Here is what spans groups:
   groups are kept for that.
 - A member that reports progress of a group nobody drives here (a former coordinator's) is told to drop it.
 - Every order is answered: `FormGroup` by GroupFormed, `PauseGroup` by GroupPaused or GroupPrefillFinished,
-  `ResumeGroup` by GroupResumed or GroupPrefillFinished, `GrowGroup` by GroupGrown, `DissolveGroup` by GroupFailed,
-  and each of them, at any time, by the group's ending. An order overtaken by its opposite is answered by the
-  opposite's answer.
+  `ResumeGroup` by GroupResumed or GroupPrefillFinished, `GrowGroup` by GroupGrown, `SpillGroup` by GroupSpilled or
+  GroupNotSpilled, `RestoreGroup` by GroupPaused, `DissolveGroup` by GroupFailed, and each of them, at any time, by the
+  group's ending. An order overtaken by its opposite is answered by the opposite's answer.
 """
 
 from __future__ import annotations
@@ -27,24 +27,28 @@ from common.messages.sp import (
     FormGroup,
     GroupFailed,
     GrowGroup,
-    LoadSegment,
     PauseGroup,
     PauseSegment,
     RanksMet,
+    RestoreGroup,
     ResumeGroup,
     RunSegment,
     SegmentDropped,
     SegmentFailed,
     SegmentFinished,
     SegmentLoaded,
-    SegmentPart,
+    SegmentNotSpilled,
     SegmentPaused,
     SegmentPrefilled,
     SegmentRunning,
+    SegmentSpilled,
+    SpillGroup,
 )
 from common.policy.core import InvariantViolated, TimePassed
 from common.policy.sp_group import (
     HOLDING_STILL,
+    MOVED,
+    MOVING,
     PREFILL_DONE,
     REPEATED,
     Group,
@@ -74,6 +78,8 @@ from common.policy.sp_io import (
     MemberWord,
     StopAsked,
 )
+from common.policy.sp_orders import load_order
+from common.policy.sp_spill import Spilling
 from common.policy.sp_voice import Voice
 from common.policy.timers import Timers
 from common.units import Attempt, RequestId
@@ -85,16 +91,18 @@ ENDINGS_KEPT = 1_000
 
 
 class SpCoordinator:
-    """`answer_s`: how long a rank may take to answer an order that needs at most a step of its time."""
+    """`answer_s`: how long a rank may take to answer an order that needs at most a step of its time; `move_s`: to move
+    its KV out, or back."""
 
-    def __init__(self, answer_s: float) -> None:
-        self._answer_s = answer_s
+    def __init__(self, answer_s: float, move_s: float = 60.0) -> None:
+        self._answer_s, self._move_s = answer_s, move_s
         self._groups: dict[GroupKey, Group] = {}
         self._newest: dict[RequestId, Attempt] = {}
         """Highest attempt seen, of requests whose groups or endings are kept."""
         self._endings: OrderedDict[GroupKey, GroupEnding] = OrderedDict()
         self._timers: Timers[GroupKey] = Timers()
         self._voice = Voice()
+        self._spilling = Spilling(self._voice)
         self._stopping = False
 
     # --- the door ---------------------------------------------------------------------------------
@@ -110,7 +118,15 @@ class SpCoordinator:
                 self._stopping = True
                 for group in list(self._groups.values()):
                     self._dissolve(group, "the SP coordinator stops", retryable=True)
-            case FormGroup() | GrowGroup() | PauseGroup() | ResumeGroup() | DissolveGroup():
+            case (
+                FormGroup()
+                | GrowGroup()
+                | PauseGroup()
+                | ResumeGroup()
+                | SpillGroup()
+                | RestoreGroup()
+                | DissolveGroup()
+            ):
                 self._order(event)
             case _:
                 self._word(event)
@@ -146,7 +162,7 @@ class SpCoordinator:
                 raise InvariantViolated(f"group {key} is superseded and still served")
         if len(self._newest) > len(self._groups) + len(self._endings):
             raise InvariantViolated("attempts of forgotten requests are remembered")
-        waiting = sum(group.deadline_s(self._answer_s) is not None for group in self._groups.values())
+        waiting = sum(group.deadline_s(self._answer_s, self._move_s) is not None for group in self._groups.values())
         if waiting != len(self._timers):
             raise InvariantViolated(f"{waiting} groups wait for an answer, {len(self._timers)} have a deadline")
 
@@ -179,6 +195,8 @@ class SpCoordinator:
                 self._pause(group)
             case ResumeGroup():
                 self._resume(group)
+            case SpillGroup() | RestoreGroup():
+                self._spilling.obey(order, group)
             case DissolveGroup():
                 self._dissolve(group, "dissolved as asked", retryable=True)
             case _:
@@ -213,19 +231,7 @@ class SpCoordinator:
         self._newest[spec.request_id] = spec.attempt
         for number, rank in enumerate(group.ranks):
             rank.asked_s = self._voice.now_s
-            self._voice.say(
-                LoadSegment(
-                    worker_id=rank.worker_id,
-                    spec=spec,
-                    rank=number,
-                    members=order.members,
-                    parts=(SegmentPart(start=0, tokens=spec.prompt.tokens),),
-                    addresses=order.addresses,
-                    scheme=order.scheme,
-                    cause=self._voice.cause,
-                    epoch=self._voice.epoch,
-                )
-            )
+            self._voice.say(load_order(order, number, cause=self._voice.cause, epoch=self._voice.epoch))
         self._settle(group)
 
     def _pause(self, group: Group) -> None:
@@ -290,8 +296,10 @@ class SpCoordinator:
                 if rank.phase is R.STARTING:
                     rank.phase = R.RUNNING
             case SegmentPaused():
-                if rank.phase in (R.STOPPING, R.ENDING):
+                if rank.phase in (R.STOPPING, R.ENDING, R.RESTORING):
                     rank.paused(word)
+            case SegmentSpilled() | SegmentNotSpilled():
+                self._spilling.heard(group, rank, word)
             case SegmentPrefilled():
                 self._rank_prefilled(group, rank, word)
             case SegmentFinished():
@@ -304,7 +312,7 @@ class SpCoordinator:
     def _rank_prefilled(self, group: Group, rank: Rank, word: SegmentPrefilled) -> None:
         if rank.phase in PREFILL_DONE or rank.phase is R.DROPPING:
             return
-        if rank is not group.leader and rank.phase in HOLDING_STILL:
+        if group.state in MOVED or (rank is not group.leader and rank.phase in HOLDING_STILL):
             self._dissolve(group, f"{group.name(rank)} went on without rank 0", retryable=True)
         else:
             rank.prefilled(word)
@@ -326,7 +334,7 @@ class SpCoordinator:
         """Take every step that the ranks' phases now allow, then set the deadline."""
         while group.state is not G.GONE and self._advance(group):
             pass
-        deadline_s = None if group.state is G.GONE else group.deadline_s(self._answer_s)
+        deadline_s = None if group.state is G.GONE else group.deadline_s(self._answer_s, self._move_s)
         if deadline_s is None:
             self._timers.drop(group.key)
         else:
@@ -344,6 +352,8 @@ class SpCoordinator:
             )
         if group.state is G.FINISHING:
             return group.all_in(R.FINISHED) and self._end(group, group.finished_word(self._voice.cause))
+        if group.state in MOVED:
+            return group.state is not G.SPILLED and self._spilling.advance(group)
         leader = group.leader
         if group.state is G.DECODING:
             over = leader.phase is R.FINISHED or leader.finish_reason is not None
@@ -465,7 +475,8 @@ class SpCoordinator:
 
     def _is_due(self, rank: Rank) -> bool:
         # The very sum that made the deadline: another order of operations would round otherwise.
-        return rank.asked_s + self._answer_s <= self._voice.now_s
+        bound_s = self._move_s if rank.phase in MOVING else self._answer_s
+        return rank.asked_s + bound_s <= self._voice.now_s
 
     def _silent(self, group: Group, rank: Rank) -> None:
         self._voice.note(group.spec.request_id, f"{group.name(rank)}, {rank.phase}, is silent")
@@ -475,11 +486,11 @@ class SpCoordinator:
             case G.FINISHING:
                 self._voice.tell(group, rank, R.FINISHED, DropSegment)
             case _:
-                owed = rank.phase
+                owed, silent_s = rank.phase, self._voice.now_s - rank.asked_s
                 self._voice.tell(group, rank, R.GONE, DropSegment)
                 self._dissolve(
                     group,
-                    f"{group.name(rank)}, {owed}, has not answered for {self._answer_s:g} s",
+                    f"{group.name(rank)}, {owed}, has not answered for {silent_s:g} s",
                     retryable=True,
                 )
 

@@ -16,6 +16,7 @@ The rules, in sentences:
   pauses, are remembered and take effect at the first moment they can; an order overtaken by its opposite
   before it took effect is void. A pause that meets the end of the prefill is void too: `GroupPrefillFinished`
   answers it. Each ordering of the two on the wire is legal.
+- The KV of a group that stands may be moved out and brought back meanwhile: `sp_spill.py`.
 - Which waits are bounded. `LoadSegment` (reserve, fetch the prompt, meet the other ranks), `PauseSegment` and
   `DropSegment` (end the step that runs) need at most a step of a worker's time: a rank that has not answered within
   `answer_s` is silent, fails the group, and the other ranks are told to drop it. `RunSegment` may wait behind shorts
@@ -40,9 +41,11 @@ from common.messages.sp import (
     GroupFinished,
     GroupFormed,
     GroupGrown,
+    GroupNotSpilled,
     GroupPaused,
     GroupPrefillFinished,
     GroupResumed,
+    GroupSpilled,
     SegmentFinished,
     SegmentPaused,
     SegmentPrefilled,
@@ -60,7 +63,7 @@ LEADER_FIRST_S = 1.0
 """A step of decoding takes less."""
 
 GroupKey = tuple[RequestId, Attempt]
-GroupStanding = GroupFormed | GroupGrown | GroupPaused | GroupResumed | GroupPrefillFinished
+GroupStanding = GroupFormed | GroupGrown | GroupPaused | GroupSpilled | GroupResumed | GroupPrefillFinished
 
 
 class GroupState(StrEnum):
@@ -71,6 +74,10 @@ class GroupState(StrEnum):
     """It grows: rank 0 ends its chunk, the others confirm that they stand there (`sp_growth.py`)."""
     PAUSING = "pausing"
     PAUSED = "paused"
+    SPILLING = "spilling"
+    """It is paused, and its ranks move their KV out (`sp_spill.py`)."""
+    SPILLED = "spilled"
+    RESTORING = "restoring"
     RESUMING = "resuming"
     DECODING = "decoding"
     FINISHING = "finishing"
@@ -87,7 +94,10 @@ TRANSITIONS: Table[GroupState] = {
     G.PREFILLING: frozenset({G.SWITCHING, G.PAUSING, G.DECODING, G.DISSOLVING}),
     G.SWITCHING: frozenset({G.RESUMING, G.PAUSING, G.DECODING, G.DISSOLVING}),
     G.PAUSING: frozenset({G.PAUSED, G.DECODING, G.DISSOLVING}),
-    G.PAUSED: frozenset({G.RESUMING, G.DECODING, G.DISSOLVING}),
+    G.PAUSED: frozenset({G.RESUMING, G.SPILLING, G.DECODING, G.DISSOLVING}),
+    G.SPILLING: frozenset({G.SPILLED, G.RESTORING, G.PAUSED, G.DISSOLVING}),
+    G.SPILLED: frozenset({G.RESTORING, G.DISSOLVING}),
+    G.RESTORING: frozenset({G.PAUSED, G.DISSOLVING}),
     G.RESUMING: frozenset({G.PREFILLING, G.PAUSING, G.DECODING, G.DISSOLVING}),
     G.DECODING: frozenset({G.FINISHING, G.DISSOLVING}),
     G.FINISHING: frozenset({G.GONE, G.DISSOLVING}),
@@ -95,7 +105,12 @@ TRANSITIONS: Table[GroupState] = {
     G.GONE: frozenset(),
 }
 """FORMING → PAUSED: a pause was asked before the first step. PAUSED → DECODING: a rank that said it stood
-still had in truth one pass to end, and says so later."""
+still had in truth one pass to end, and says so later. SPILLING → RESTORING: some ranks could not; → PAUSED: none could.
+"""
+
+
+MOVED = frozenset({G.SPILLING, G.SPILLED, G.RESTORING})
+"""Parts of a pause in which KV is, or may be, elsewhere."""
 
 
 class RankPhase(StrEnum):
@@ -108,6 +123,9 @@ class RankPhase(StrEnum):
     """Rank 0: told to stand when its chunk is done."""
     STOPPING = "stopping"
     PAUSED = "paused"
+    SPILLING = "spilling"
+    SPILLED = "spilled"
+    RESTORING = "restoring"
     PREFILLED = "prefilled"
     FINISHED = "finished"
     DROPPING = "dropping"
@@ -117,8 +135,9 @@ class RankPhase(StrEnum):
 
 R = RankPhase
 
-BOUNDED = frozenset({R.LOADING, R.STOPPING, R.DROPPING})
-"""A rank in one of these owes an answer within `answer_s`."""
+MOVING = frozenset({R.SPILLING, R.RESTORING})
+BOUNDED = frozenset({R.LOADING, R.STOPPING, R.DROPPING}) | MOVING
+"""A rank in one of these owes an answer within `answer_s`; one that moves its KV, within `move_s`."""
 
 REPEATED = frozenset({R.STARTING, R.ENDING})
 """Told to, and told again every `answer_s` until it answers."""
@@ -161,6 +180,8 @@ class Group:
     state: GroupState = GroupState.FORMING
     wish_pause: bool = False
     """The scheduler's last wish."""
+    not_spilled: str = ""
+    """Why some rank could not move its KV out, the last time."""
     failure: str = ""
     """Why it dissolves."""
     retryable: bool = True
@@ -232,8 +253,10 @@ class Group:
         """Whether this rank must answer within the bound."""
         return rank.phase in BOUNDED or (self.state is G.FINISHING and rank.phase is R.PREFILLED)
 
-    def deadline_s(self, answer_s: float) -> float | None:
+    def deadline_s(self, answer_s: float, move_s: float) -> float | None:
         """When the first rank that owes an answer counts as silent, or the first `RunSegment` is repeated."""
+        if moving := self.in_phase(*MOVING):
+            return min(rank.asked_s for rank in moving) + move_s
         asked = [rank.asked_s for rank in self.ranks if self.owes(rank) or rank.phase in REPEATED]
         if self.trying is not None and self.state is G.PREFILLING:
             asked.append(self.trying.asked_s)
@@ -248,6 +271,8 @@ class Group:
                 return [self.formed_word(cause), *self._grown_words(cause), self.resumed_word(cause)]
             case G.PAUSED:
                 return [self.formed_word(cause), *self._grown_words(cause), self.paused_word(cause)]
+            case G.SPILLED:
+                return [self.formed_word(cause), *self._grown_words(cause), self.spilled_word(cause)]
             case G.DECODING:
                 return [self.prefill_finished_word(cause)]
             case _:
@@ -285,6 +310,13 @@ class Group:
             pause_latency_s=max(rank.pause_latency_s for rank in self.ranks),
             cause=cause,
         )
+
+    def spilled_word(self, cause: str) -> GroupSpilled:
+        return GroupSpilled(request_id=self.spec.request_id, attempt=self.spec.attempt, cause=cause)
+
+    def not_spilled_word(self, cause: str) -> GroupNotSpilled:
+        request_id, attempt = self.key
+        return GroupNotSpilled(request_id=request_id, attempt=attempt, reason=self.not_spilled, cause=cause)
 
     def prefill_finished_word(self, cause: str) -> GroupPrefillFinished:
         request_id, attempt = self.key
@@ -342,6 +374,9 @@ LEADER_PHASES: dict[GroupState, frozenset[RankPhase]] = {
     G.SWITCHING: frozenset({R.ENDING, R.PAUSED}),
     G.PAUSING: frozenset({R.STOPPING, R.PAUSED}),
     G.PAUSED: HOLDING_STILL,
+    G.SPILLING: frozenset({R.SPILLING, R.SPILLED, R.PAUSED}),
+    G.SPILLED: frozenset({R.SPILLED}),
+    G.RESTORING: frozenset({R.RESTORING, R.PAUSED}),
     G.RESUMING: frozenset({R.LOADED, R.PAUSED, R.STARTING}),
     G.DECODING: frozenset({R.PREFILLED}),
     G.FINISHING: PREFILL_DONE,
@@ -356,6 +391,9 @@ FOLLOWER_PHASES: dict[GroupState, frozenset[RankPhase]] = {
     G.SWITCHING: frozenset({R.RUNNING, R.STOPPING, R.PAUSED, R.PREFILLED}),
     G.PAUSING: frozenset({R.RUNNING, R.STOPPING, R.PAUSED, R.PREFILLED}),
     G.PAUSED: HOLDING_STILL,
+    G.SPILLING: frozenset({R.SPILLING, R.SPILLED, R.PAUSED}),
+    G.SPILLED: frozenset({R.SPILLED}),
+    G.RESTORING: frozenset({R.RESTORING, R.PAUSED}),
     G.RESUMING: frozenset({R.STARTING, R.RUNNING, R.PREFILLED}),
     G.DECODING: frozenset({R.PREFILLED}),
     G.FINISHING: frozenset({R.DROPPING, R.FINISHED}),
@@ -369,6 +407,8 @@ AWAITED: dict[GroupState, frozenset[RankPhase]] = {
     G.PREFILLING: frozenset({R.STARTING, R.RUNNING}),
     G.SWITCHING: frozenset({R.ENDING, R.STOPPING}),
     G.PAUSING: frozenset({R.STOPPING}),
+    G.SPILLING: frozenset({R.SPILLING}),
+    G.RESTORING: frozenset({R.RESTORING}),
     G.RESUMING: frozenset({R.STARTING}),
     G.FINISHING: frozenset({R.PREFILLED, R.DROPPING}),
     G.DISSOLVING: frozenset({R.DROPPING}),

@@ -11,24 +11,32 @@ from common.messages.sp import (
     GroupFinished,
     GroupFormed,
     GroupGrown,
+    GroupNotSpilled,
     GroupPaused,
     GroupPrefillFinished,
     GroupResumed,
+    GroupSpilled,
     GrowGroup,
     LoadSegment,
     MeetRanks,
     PauseGroup,
     PauseSegment,
     RanksMet,
+    RestoreGroup,
+    RestoreSegment,
     ResumeGroup,
     RunSegment,
     SegmentDropped,
     SegmentFailed,
     SegmentFinished,
     SegmentLoaded,
+    SegmentNotSpilled,
     SegmentPaused,
     SegmentPrefilled,
     SegmentRunning,
+    SegmentSpilled,
+    SpillGroup,
+    SpillSegment,
 )
 from common.policy.core import TimePassed
 
@@ -37,12 +45,14 @@ class StopAsked(Record, frozen=True, kw_only=True):
     """From the shell: take no new group, dissolve all."""
 
 
-GroupOrder = FormGroup | GrowGroup | PauseGroup | ResumeGroup | DissolveGroup
+GroupOrder = FormGroup | GrowGroup | PauseGroup | ResumeGroup | SpillGroup | RestoreGroup | DissolveGroup
 MemberWord = (
     SegmentLoaded
     | RanksMet
     | SegmentRunning
     | SegmentPaused
+    | SegmentSpilled
+    | SegmentNotSpilled
     | SegmentPrefilled
     | SegmentFinished
     | SegmentFailed
@@ -52,7 +62,16 @@ CoordinatorHeard = GroupOrder | MemberWord
 """What others tell it."""
 CoordinatorEvent = CoordinatorHeard | StopAsked | TimePassed
 
-MemberOrder = LoadSegment | MeetRanks | RunSegment | PauseSegment | DropSegment
+MemberOrder = LoadSegment | MeetRanks | RunSegment | PauseSegment | SpillSegment | RestoreSegment | DropSegment
 GroupEnding = GroupFinished | GroupFailed
-GroupWord = GroupFormed | GroupGrown | GroupPaused | GroupResumed | GroupPrefillFinished | GroupEnding
+GroupWord = (
+    GroupFormed
+    | GroupGrown
+    | GroupPaused
+    | GroupSpilled
+    | GroupNotSpilled
+    | GroupResumed
+    | GroupPrefillFinished
+    | GroupEnding
+)
 CoordinatorCommand = MemberOrder | GroupWord

@@ -6,13 +6,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from common.messages.sp import DropSegment, LoadSegment, MeetRanks, PauseSegment, RunSegment
+from common.messages.sp import (
+    DropSegment,
+    LoadSegment,
+    MeetRanks,
+    PauseSegment,
+    RestoreSegment,
+    RunSegment,
+    SpillSegment,
+)
 from common.policy.sp_group import Group, GroupKey, GroupState, Rank, RankPhase
 from common.policy.sp_io import CoordinatorCommand
 from common.policy.story import StoryLog
 from common.units import RequestId, WorkerId
 
-StandingOrder = MeetRanks | RunSegment | PauseSegment | DropSegment
+StandingOrder = MeetRanks | RunSegment | PauseSegment | SpillSegment | RestoreSegment | DropSegment
 
 STORIES_KEPT = 1_000
 STORY_LINES_MAX = 200

@@ -148,6 +148,9 @@ PECSCHED_SWITCHES = ("preemption", "colocation", "fast_sp")
 SAID_ELSEWHERE = frozenset({"policy", "threshold_tokens", "preemption", "disaggregation", "colocation"})
 """Fields of `SchedulerConfig` that the scenario itself, or its workload, decides."""
 
+NOT_SIMULATED = frozenset({"spill"})
+"""Of the others, what simulated workers do not do: here no KV is moved elsewhere."""
+
 
 def load_scenario(path: str | Path, changes: Mapping[str, Any] = MappingProxyType({})) -> Scenario:
     """A scenario from a TOML file, with some of its keys changed. Relative paths in it are taken from its folder.
@@ -257,7 +260,9 @@ def scheduler_config(scenario: Scenario, threshold_tokens: int) -> SchedulerConf
         if name in SAID_ELSEWHERE:
             raise ScenarioError("not set here, but by the scenario itself or its workload", key)
         if name not in known:
-            raise ScenarioError(f"unknown key; known: {_listed(known)}", key)
+            raise ScenarioError(f"unknown key; known: {_listed(known - NOT_SIMULATED)}", key)
+        if name in NOT_SIMULATED:
+            raise ScenarioError("has no effect: simulated workers do not do that; leave it out", key)
         if isinstance(value, int | float) and not 0 <= value < math.inf:
             raise ScenarioError(f"{value} must be 0 or more", key)
     said: Table = {
@@ -267,6 +272,7 @@ def scheduler_config(scenario: Scenario, threshold_tokens: int) -> SchedulerConf
         "preemption": scenario.preemption,
         "disaggregation": scenario.disaggregation,
         "colocation": scenario.colocation,
+        "spill": "off",
     }
     try:
         return msgspec.convert(said, SchedulerConfig)

@@ -33,7 +33,7 @@ async def serve(settings: DecodeWorkerSettings, means: WorkerMeans) -> None:
 def load_engine(settings: DecodeWorkerSettings) -> DecodeEngine:
     """Blocking, seconds. Raises: StartupError."""
     if settings.engine == "timed":
-        from services.engine.timed import make_timed_decode_engine
+        from services.engine.timed_engines import make_timed_decode_engine
 
         return make_timed_decode_engine(settings)
     # Here and not above: a timed worker runs where torch is not installed.

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from common.messages.cluster import ExchangeCost, LayerShape, StepCost
+from common.messages.locations import MovedTo
 from common.messages.requests import RequestSpec, TokenLogprob
 from common.units import RequestId, TokenId
 
@@ -31,6 +32,21 @@ class KvFull(EngineError):
     """No room for the KV of this sequence."""
 
 
+class SpillRefused(EngineError):
+    """The KV of this sequence was not moved: it is where it was."""
+
+
+class MoveStopped(EngineError):
+    """Its KV was being brought back, and `stop_move` ended that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spilled:
+    kv_bytes: int
+    """What was moved: of the tokens computed so far."""
+    moved_to: MovedTo
+
+
 @dataclass(frozen=True, slots=True)
 class EngineProfile:
     """What the engine says of itself; constant."""
@@ -44,9 +60,10 @@ class EngineProfile:
     rows_max: int
     step_cost: StepCost
     layer: LayerShape | None = None
-    """As in `WorkerProfile`, like the next two."""
+    """As in `WorkerProfile`, like the next three."""
     exchange: ExchangeCost | None = None
     core_share: float = 0.0
+    spill_bytes_max: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +183,22 @@ class PrefillEngine(Protocol):
         """Free the sequence's KV and forget any stopped pass of its own. Idempotent. Must not be called
         while a pass containing it runs: stop it and await its return first. Of a shared sequence the link is
         closed too, which breaks the group."""
+        ...
+
+    async def spill(self, request_id: RequestId) -> Spilled:
+        """Move the KV of a sequence that is in no running pass elsewhere, and free its places; a stopped pass of its
+        own is kept. Passes of other sequences run on meanwhile. Until `restore` it can be in no pass. Raises:
+        SpillRefused, EngineError (not open, in the running pass or in one with others, elsewhere already)."""
+        ...
+
+    async def restore(self, request_id: RequestId) -> None:
+        """Reserve its KV again and bring it back; it goes on where it stood. Raises: KvFull (it is still elsewhere),
+        MoveStopped, EngineError (it is not elsewhere; or its KV is lost: close it)."""
+        ...
+
+    def stop_move(self, request_id: RequestId) -> None:
+        """Let a running `spill` or `restore` of it end soon, in SpillRefused or MoveStopped unless it was done. Until
+        it has ended the sequence must not be closed."""
         ...
 
     async def shutdown(self) -> None: ...

@@ -7,6 +7,7 @@ bytes of one KV head of one layer can be sent from where they lie.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,9 +33,15 @@ class SequenceKv:
 
     def __init__(self, shape: KvShape, capacity_tokens: int) -> None:
         self.capacity_tokens = capacity_tokens
-        self._data = torch.empty(
-            (shape.layers, 2, shape.kv_heads, capacity_tokens, shape.head_dim), dtype=shape.dtype, device=shape.device
-        )
+        self._shape = shape
+        self._written = [0] * shape.layers
+        """Tokens of each layer, from the first on."""
+        self._data = self._allocate()
+
+    def _allocate(self) -> Tensor:
+        shape = self._shape
+        size = (shape.layers, 2, shape.kv_heads, self.capacity_tokens, shape.head_dim)
+        return torch.empty(size, dtype=shape.dtype, device=shape.device)
 
     def clear(self) -> None:
         """Zero everything: for measurements that read what nobody wrote."""
@@ -45,6 +52,7 @@ class SequenceKv:
         part = slice(start, start + key.shape[1])
         self._data[layer, 0, :, part] = key
         self._data[layer, 1, :, part] = value
+        self._written[layer] = max(self._written[layer], part.stop)
 
     def read(self, layer: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Views of keys and values [1, kv_heads, end - start, head_dim]."""
@@ -58,6 +66,33 @@ class SequenceKv:
             part = part.cpu()
         raw = part.view(torch.uint8)  # [2, kv_heads, tokens, head_dim * itemsize]
         return tuple(memoryview(head.numpy()).cast("B") for which in raw for head in which)
+
+    # --- moved elsewhere and back (`spill.py`) ---
+
+    @property
+    def written_bytes(self) -> int:
+        return sum(self._written) * self._token_bytes
+
+    @property
+    def _token_bytes(self) -> int:
+        """Of a token in one layer."""
+        return 2 * self._shape.kv_heads * self._shape.head_dim * self._shape.dtype.itemsize
+
+    def pieces(self, bytes_max: int) -> Iterator[Tensor]:
+        """All that is written, always in the same order: views [2, kv_heads, n, head_dim] of so many bytes at most (or
+        of one token)."""
+        step = max(1, bytes_max // self._token_bytes)
+        for layer, written in enumerate(self._written):
+            for start in range(0, written, step):
+                yield self._data[layer, :, :, start : min(written, start + step)]
+
+    def leave(self) -> None:
+        """Free the memory."""
+        self._data = self._data.new_empty(0)
+
+    def come_back(self) -> None:
+        """Memory again, to be written to what was. Raises: RuntimeError (out of memory)."""
+        self._data = self._allocate()
 
 
 class KvStore:
@@ -83,16 +118,28 @@ class KvStore:
         charged = tokens if charged is None else charged
         if request_id in self._held:
             raise EngineError(f"request {request_id} already holds KV")
+        self._charge(request_id, charged)
+        shape = self.shape if kv_heads is None else replace(self.shape, kv_heads=kv_heads)
+        return SequenceKv(shape, tokens)
+
+    def leave(self, request_id: RequestId) -> int:
+        """Its KV is elsewhere. Returns what was charged for it."""
+        charged = self._held.pop(request_id)
+        self._used_tokens -= charged
+        return charged
+
+    def come_back(self, request_id: RequestId, charged: int) -> None:
+        """Raises: KvFull."""
+        self._charge(request_id, charged)
+
+    def _charge(self, request_id: RequestId, charged: int) -> None:
         free = self.capacity_tokens - self._used_tokens
         if charged > free:
             raise KvFull(
                 f"request {request_id} needs KV for {charged} tokens, {free} of {self.capacity_tokens} are free"
             )
-        shape = self.shape if kv_heads is None else replace(self.shape, kv_heads=kv_heads)
-        kv = SequenceKv(shape, tokens)
         self._held[request_id] = charged
         self._used_tokens += charged
-        return kv
 
     def free(self, request_id: RequestId) -> None:
         """Idempotent."""

@@ -161,6 +161,13 @@ class PassRun:
             self.logits = self.logits[others] if others else None
         return True
 
+    def park(self, device: torch.device) -> None:
+        """Of a stopped pass: its hidden state to the host's memory, or back to where it is computed."""
+        if self._hidden is not None and self._rotary is not None:
+            cos, sin = self._rotary
+            self._hidden, self._rotary = self._hidden.to(device), (cos.to(device), sin.to(device))
+        self._node = None  # made anew by the next step
+
     def release(self) -> None:
         """Let go of the sequences: another pass may take them."""
         for row in self.batch.rows:

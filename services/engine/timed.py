@@ -22,7 +22,6 @@ from functools import reduce
 
 from common.messages.requests import RequestSpec
 from common.policy.sp_shares import kv_of_rank
-from common.settings import DecodeWorkerSettings, PrefillWorkerSettings
 from common.units import RequestId, TokenId
 from services.engine.collectives import GroupBroken, GroupShare, OnCalled
 from services.engine.interface import (
@@ -35,6 +34,7 @@ from services.engine.interface import (
     PassResult,
     Sampled,
     Segment,
+    Spilled,
 )
 from services.engine.shared_sequence import SharedSequence
 from services.engine.timed_group import TimedGroup
@@ -54,6 +54,7 @@ from services.engine.timed_language import (
     sampled_token,
     sleep_until,
 )
+from services.engine.timed_spill import TimedMover
 
 __all__ = [
     "CPU_STEP_COST",
@@ -62,8 +63,6 @@ __all__ = [
     "TimedShape",
     "chain",
     "expected_tokens",
-    "make_timed_decode_engine",
-    "make_timed_prefill_engine",
     "next_token",
 ]
 
@@ -115,6 +114,7 @@ class TimedPrefillEngine:
         self._stopped: list[_Pass] = []
         self._running: _Pass | None = None
         self._stop_asked = False
+        self._mover = TimedMover(shape)
 
     @property
     def profile(self) -> EngineProfile:
@@ -181,6 +181,7 @@ class TimedPrefillEngine:
 
     async def resume(self, request_id: RequestId) -> PassResult:
         self._require_idle()
+        self._mover.require_here(request_id)
         stopped = self._stopped_with(request_id)
         if stopped is None:
             raise EngineError(f"no stopped pass contains {request_id}")
@@ -192,9 +193,9 @@ class TimedPrefillEngine:
             self._stop_asked = True
 
     def close(self, request_id: RequestId) -> None:
-        running = self._running
-        if running is not None and any(segment.request_id == request_id for segment in running.segments):
+        if self._runs(request_id):
             raise EngineError(f"a pass with {request_id} runs")
+        self._mover.forget(request_id)
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None and sequence.group is not None:
             sequence.group.link.close()
@@ -205,6 +206,20 @@ class TimedPrefillEngine:
                 stopped.group = None
             if not stopped.segments:
                 self._stopped.remove(stopped)
+
+    async def spill(self, request_id: RequestId) -> Spilled:
+        stopped = self._stopped_with(request_id)
+        if request_id not in self._sequences or self._runs(request_id) or (stopped and len(stopped.segments) > 1):
+            raise EngineError(f"{request_id} is not open, or does not stand still alone")
+        begun = stopped.segments[0].tokens if stopped else 0
+        return await self._mover.move_out(self._sequences[request_id], begun)
+
+    async def restore(self, request_id: RequestId) -> None:
+        self._require_room(self._sequences[request_id].spec, self._mover.reserved(request_id))
+        await self._mover.bring_back(self._sequences[request_id])
+
+    def stop_move(self, request_id: RequestId) -> None:
+        self._mover.stop(request_id)
 
     async def shutdown(self) -> None:
         self.stop()
@@ -354,6 +369,9 @@ class TimedPrefillEngine:
                 return stopped
         return None
 
+    def _runs(self, request_id: RequestId) -> bool:
+        return self._running is not None and any(part.request_id == request_id for part in self._running.segments)
+
     def _require_idle(self) -> None:
         if self._running is not None:
             raise EngineError("a pass runs already")
@@ -362,6 +380,7 @@ class TimedPrefillEngine:
         sequence = self._sequences.get(segment.request_id)
         if sequence is None:
             raise EngineError(f"{segment.request_id} is not open")
+        self._mover.require_here(segment.request_id)
         if self._stopped_with(segment.request_id) is not None:
             raise EngineError(f"{segment.request_id} stands in a stopped pass: resume it")
         end = segment.start + segment.tokens
@@ -493,14 +512,3 @@ class TimedDecodeEngine:
         if row is None:
             raise EngineError(f"{request_id} has no KV here")
         return row
-
-
-def make_timed_prefill_engine(settings: PrefillWorkerSettings) -> TimedPrefillEngine:
-    shape = TimedShape(model_id=settings.model, kv_capacity_tokens=settings.kv_capacity_tokens)
-    return TimedPrefillEngine(shape, tally=False)
-
-
-def make_timed_decode_engine(settings: DecodeWorkerSettings) -> TimedDecodeEngine:
-    return TimedDecodeEngine(
-        TimedShape(model_id=settings.model, kv_capacity_tokens=settings.kv_capacity_tokens, rows_max=settings.rows_max)
-    )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.messages.cluster import ExchangeCost, LayerShape, StepCost
+from common.messages.locations import MovedTo
 from common.messages.requests import RequestSpec, TokenLogprob
 from common.units import TokenId
 from services.engine.interface import EngineError, EngineProfile, Sampled
@@ -38,6 +39,10 @@ class TimedShape:
     """What it says that swapping tensors with others costs; it swaps none. None: nothing."""
     stop_at_index: int | None = None
     """Emit the request's first stop token id at this output index (counted over all attempts); None: never."""
+    spill_bytes_max: int = 2**30
+    """0: it moves no KV elsewhere."""
+    spill_bytes_s: float = 2e9
+    spill_to: MovedTo = "memory"
     fail_at_pass: int | None = None
     """The pass (decode: step) with this number, counted from 0, raises EngineError halfway; None: none does."""
 
@@ -65,6 +70,7 @@ class TimedShape:
             step_cost=self.step_cost,
             layer=self.layer,
             exchange=self.exchange,
+            spill_bytes_max=self.spill_bytes_max,
         )
 
 

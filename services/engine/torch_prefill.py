@@ -39,18 +39,22 @@ from services.engine.interface import (
     PassResult,
     PrefillEngine,
     Segment,
+    Spilled,
+    SpillRefused,
 )
 from services.engine.kv_cache import KvShape, KvStore
 from services.engine.model import LoadedModel, load_model
 from services.engine.prefill import PassRun
 from services.engine.sequence_parallel import GroupPass
 from services.engine.shared_sequence import SharedSequence
+from services.engine.spill import KvMover, SpillLimits, spill_limits
 from services.engine.weight_shares import WeightShares
 
 log = get_logger(__name__)
 
 ROWS_MAX = 64
 """Sequences in one pass; a bound, far above what the token limits of a pass let through."""
+HOST = torch.device("cpu")
 
 
 class TorchPrefillEngine:
@@ -66,6 +70,7 @@ class TorchPrefillEngine:
         long_nice: int = 0,
         exchange: ExchangeCost | None = None,
         core_share: float = 0.0,
+        spill: SpillLimits | None = None,
     ) -> None:
         self._model = model
         self._store = KvStore(kv_shape(model), kv_capacity_tokens)
@@ -89,7 +94,9 @@ class TorchPrefillEngine:
             layer=model.layer_shape,
             exchange=exchange,
             core_share=core_share,
+            spill_bytes_max=0 if spill is None else spill.bytes_max,
         )
+        self._mover = None if spill is None else KvMover(spill, model.device)
 
     @property
     def profile(self) -> EngineProfile:
@@ -158,7 +165,7 @@ class TorchPrefillEngine:
         self._refuse_if_running()
         if len(segments) > ROWS_MAX:
             raise EngineError(f"a pass of {len(segments)} segments, at most {ROWS_MAX} are allowed")
-        held = [(self._held(segment.request_id), segment) for segment in segments]
+        held = [(self._here(segment.request_id), segment) for segment in segments]
         shared = [(each, segment) for each, segment in held if each.shared is not None]
         if len(shared) > 1:
             raise EngineError("a pass takes one sequence that a group shares: two could wait for each other")
@@ -173,7 +180,7 @@ class TorchPrefillEngine:
 
     async def resume(self, request_id: RequestId) -> PassResult:
         self._refuse_if_running()
-        stopped = self._held(request_id).active_pass
+        stopped = self._here(request_id).active_pass
         if stopped is None:
             raise EngineError(f"request {request_id} is in no stopped pass")
         return await self._drive(stopped)
@@ -186,6 +193,10 @@ class TorchPrefillEngine:
         sequence = self._sequences.get(request_id)
         if sequence is None:
             return
+        if self._mover is not None:
+            if self._mover.is_moving(request_id):
+                raise EngineError(f"the KV of request {request_id} is being moved: stop that before closing it")
+            self._mover.forget(request_id)
         in_pass = sequence.active_pass
         if in_pass is not None:
             if in_pass is self._running:
@@ -196,9 +207,42 @@ class TorchPrefillEngine:
         if sequence.shared is not None:
             sequence.shared.share.link.close()
 
+    async def spill(self, request_id: RequestId) -> Spilled:
+        sequence = self._here(request_id)
+        if self._mover is None:
+            raise SpillRefused("this worker moves no KV: it was started with --spill off")
+        stopped = sequence.active_pass
+        if stopped is not None and (stopped is self._running or len(stopped.batch.rows) > 1):
+            raise EngineError(f"request {request_id} does not stand still alone: its KV cannot be moved")
+        moved = await self._mover.move_out(request_id, sequence.kv)
+        moved.charged_tokens = self._store.leave(request_id)
+        sequence.kv.leave()
+        if stopped is not None:
+            stopped.park(HOST)
+        return Spilled(moved.nbytes, self._mover.limits.to)
+
+    async def restore(self, request_id: RequestId) -> None:
+        sequence = self._held(request_id)
+        if self._mover is None or not self._mover.holds(request_id) or self._mover.is_moving(request_id):
+            raise EngineError(f"the KV of request {request_id} is not elsewhere")
+        self._store.come_back(request_id, self._mover.charged_tokens(request_id))
+        try:
+            sequence.kv.come_back()
+        except RuntimeError as error:
+            raise EngineError(f"no memory for the KV of request {request_id}: {error}") from error
+        await self._mover.bring_back(request_id, sequence.kv)
+        if sequence.active_pass is not None:
+            sequence.active_pass.park(self._model.device)
+
+    def stop_move(self, request_id: RequestId) -> None:
+        if self._mover is not None:
+            self._mover.stop(request_id)
+
     async def shutdown(self) -> None:
         self._give_up()
         await self._idle.wait()
+        if self._mover is not None:
+            await self._mover.close()
         for request_id in list(self._sequences):
             self.close(request_id)
         self._foreground.shutdown()
@@ -208,6 +252,12 @@ class TorchPrefillEngine:
         sequence = self._sequences.get(request_id)
         if sequence is None:
             raise EngineError(f"request {request_id} is not open")
+        return sequence
+
+    def _here(self, request_id: RequestId) -> HeldSequence:
+        sequence = self._held(request_id)
+        if self._mover is not None and self._mover.holds(request_id):
+            raise EngineError(f"the KV of request {request_id} is elsewhere")
         return sequence
 
     def _refuse_if_running(self) -> None:
@@ -319,6 +369,7 @@ def make_prefill_engine(settings: PrefillWorkerSettings) -> PrefillEngine:
         long_nice=settings.long_nice,
         exchange=_exchange_cost(model),
         core_share=settings.threads / usable_cores() if model.device.type == "cpu" else 0.0,
+        spill=spill_limits(settings),
     )
 
 

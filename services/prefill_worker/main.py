@@ -43,7 +43,7 @@ async def serve(settings: PrefillWorkerSettings, means: WorkerMeans) -> None:
 def load_engine(settings: PrefillWorkerSettings) -> PrefillEngine:
     """Blocking, seconds. Raises: StartupError."""
     if settings.engine == "timed":
-        from services.engine.timed import make_timed_prefill_engine
+        from services.engine.timed_engines import make_timed_prefill_engine
 
         return make_timed_prefill_engine(settings)
     # Here and not above: a timed worker runs where torch is not installed.

@@ -29,9 +29,11 @@ from common.messages.sp import (
     SegmentFailed,
     SegmentFinished,
     SegmentLoaded,
+    SegmentNotSpilled,
     SegmentPaused,
     SegmentPrefilled,
     SegmentRunning,
+    SegmentSpilled,
 )
 from common.metrics import TRANSFER_TAIL, TRANSFERS_FAILED, Metrics
 from common.policy.prefill_events import (
@@ -58,11 +60,14 @@ from common.policy.prefill_events import (
     PrefillLocalEvent,
     PrefillOrder,
     PrefillWorkerConfig,
+    RestoreKv,
     ResumePass,
     RunPass,
     SampledToken,
     SequenceOpened,
     SequenceShare,
+    SpillKv,
+    StopMove,
     StopPass,
 )
 from common.policy.prefill_worker import PrefillWorkerCore
@@ -78,6 +83,7 @@ from services.engine.data_plane import DataPlaneFactory, KvHeader, KvTrailer, Pe
 from services.engine.interface import EngineError, KvFull, PassResult, PrefillEngine, Segment
 from services.prefill_worker.handoff import Handoff
 from services.prefill_worker.meetings import Meetings
+from services.prefill_worker.moves import move_kv
 from services.worker.shell import WorkerPorts, WorkerShell, worker_id_of
 
 log = get_logger(__name__)
@@ -187,6 +193,8 @@ class PrefillWorker:
                     | RanksMet()
                     | SegmentRunning()
                     | SegmentPaused()
+                    | SegmentSpilled()
+                    | SegmentNotSpilled()
                     | SegmentPrefilled()
                     | SegmentFinished()
                     | SegmentFailed()
@@ -208,6 +216,9 @@ class PrefillWorker:
         | EnterGroup
         | FinishHandoff
         | AbortHandoff
+        | SpillKv
+        | RestoreKv
+        | StopMove
         | PlaceKv
         | ForgetKv,
     ) -> None:
@@ -240,6 +251,11 @@ class PrefillWorker:
                 # The end of the stream may be in the mailbox already: then the sequence is closed before this runs.
                 aborting = self._abort_handoff(command, self._handoffs[request_id])
                 self._shell.spawn(aborting, name=f"abort {request_id}")
+            case SpillKv() | RestoreKv():
+                self._shell.spawn(self._move(command), name=f"move {command.request_id}")
+            case StopMove(request_id=request_id):
+                # After the move's task had its first turn, as for a pass.
+                asyncio.get_running_loop().call_soon(self._engine.stop_move, request_id)
             case PlaceKv(location=location):
                 self._shell.keep_location(location)
             case ForgetKv(request_id=request_id):
@@ -436,6 +452,9 @@ class PrefillWorker:
     def _stop_pass(self, pass_id: int) -> None:
         if self._pass_id == pass_id:
             self._engine.stop()
+
+    async def _move(self, command: SpillKv | RestoreKv) -> None:
+        self._shell.tell(await move_kv(self._engine, command))
 
     # --- handoffs ---
 

@@ -87,6 +87,9 @@ _LONG_STATES: dict[str, Kind] = {
     "running": "part",
     "pausing": "part",
     "paused": "pause",
+    "spilling": "pause",
+    "spilled": "pause",
+    "restoring": "pause",
     "resuming": "pause",
     "decoding": "long_decode",
 }

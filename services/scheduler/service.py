@@ -35,7 +35,9 @@ from common.messages.sp import (
     FormGroup,
     GrowGroup,
     PauseGroup,
+    RestoreGroup,
     ResumeGroup,
+    SpillGroup,
 )
 from common.messages.views import ClusterView, DescribeCluster, QueryFailed, StoryTold, TellStory
 from common.metrics import Metrics
@@ -270,7 +272,7 @@ class SchedulerService:
                 case FormGroup():
                     self._telemetry.planned(command)
                     await self._send(subjects.COORDINATOR, command)
-                case GrowGroup() | PauseGroup() | ResumeGroup() | DissolveGroup():
+                case GrowGroup() | PauseGroup() | ResumeGroup() | SpillGroup() | RestoreGroup() | DissolveGroup():
                     await self._send(subjects.COORDINATOR, command)
                 case RequestAccepted() | RequestRefused() | RequestInterrupted() | RequestFailed():
                     await self._send(subjects.router(command.router_id), command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import pairwise
 
 from common.messages.sp import FormGroup
 from common.metrics import (
@@ -98,7 +99,8 @@ class SchedulerTelemetry:
         self._decode_s[cls].observe(took_s[HANDOFF] + took_s[DECODE])
         if cls == "long" and prefill_s > 0.0:
             self._suspended.observe(took_s[PAUSE] / prefill_s)
-            self._pauses.observe(sum(state == RequestState.PAUSED for state, _ in life.phases))
+            began = (RequestState.PAUSING, RequestState.PAUSED)  # it is PAUSED again when its KV was elsewhere
+            self._pauses.observe(sum((former, state) == began for (former, _), (state, _) in pairwise(life.phases)))
 
     def _of_core(self, reading: Callable[[Scheduler], Values]) -> Values:
         core = self._core()

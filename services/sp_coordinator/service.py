@@ -13,7 +13,9 @@ from common.messages.sp import (
     LoadSegment,
     MeetRanks,
     PauseSegment,
+    RestoreSegment,
     RunSegment,
+    SpillSegment,
 )
 from common.metrics import Metrics
 from common.policy.sp_coordinator import SpCoordinator as Core
@@ -50,7 +52,7 @@ class SpCoordinator:
         journal: JournalSink | None = None,
         metrics: Metrics | None = None,
     ) -> None:
-        self.core = Core(settings.answer_s)
+        self.core = Core(settings.answer_s, settings.move_s)
         self.bus_errors = 0
         self._settings = settings
         self._bus = bus
@@ -127,7 +129,15 @@ class SpCoordinator:
         async with self._in_order:
             for command in commands:
                 match command:
-                    case LoadSegment() | MeetRanks() | RunSegment() | PauseSegment() | DropSegment():
+                    case (
+                        LoadSegment()
+                        | MeetRanks()
+                        | RunSegment()
+                        | PauseSegment()
+                        | SpillSegment()
+                        | RestoreSegment()
+                        | DropSegment()
+                    ):
                         await self._publish(subjects.worker(command.worker_id), command)
                     case _:
                         self._telemetry.said(command, asyncio.get_running_loop().time())

@@ -248,4 +248,5 @@ class WorkerShell(Generic[EventT, CommandT]):
             layer=profile.layer,
             exchange=profile.exchange,
             core_share=profile.core_share,
+            spill_bytes_max=profile.spill_bytes_max,
         )

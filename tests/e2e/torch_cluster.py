@@ -30,6 +30,7 @@ from services.decode_worker.service import DecodeWorker
 from services.engine.collectives_door import open_group_links
 from services.engine.interface import PassResult, Sampled, Segment
 from services.engine.model import LoadedModel, load_model
+from services.engine.spill import SpillLimits
 from services.engine.torch_decode import TorchDecodeEngine
 from services.engine.torch_prefill import TorchPrefillEngine
 from services.engine.transport import open_data_plane
@@ -117,6 +118,8 @@ class TorchCluster(Cluster):
         answer_s: float = BOUND_S,
         records_s: float = BOUND_S,
         exchange: ExchangeCost | None = None,
+        limits: SpillLimits | None = None,
+        prefill_kv_tokens: int = 8_192,
         **options: Any,
     ) -> None:
         """`records_s`: how long the store remembers what a prefill worker that was killed held."""
@@ -131,6 +134,7 @@ class TorchCluster(Cluster):
         self._records_s = records_s
         # Rather too slow than too fast: a scheduler that overestimates a prefill lets it be paused to the end.
         self._exchange = exchange
+        self._limits, self._prefill_kv_tokens = limits, prefill_kv_tokens
         self._step_cost = StepCost(pass_s=0.05, token_s=5e-3, pair_s=1e-6)
 
     @property
@@ -148,7 +152,12 @@ class TorchCluster(Cluster):
 
     def _make_prefill(self, bus: MemoryBus, gate: Gate, node: Node) -> PrefillWorker:
         engine = WatchedPrefill(
-            self.model, self._step_cost, kv_capacity_tokens=8_192, long_nice=0, exchange=self._exchange
+            self.model,
+            self._step_cost,
+            kv_capacity_tokens=self._prefill_kv_tokens,
+            long_nice=0,
+            exchange=self._exchange,
+            spill=self._limits,
         )
         node.engine = cast(Any, engine)
         settings = PrefillWorkerSettings(

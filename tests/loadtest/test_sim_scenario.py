@@ -127,6 +127,10 @@ def test_the_scenarios_that_ship_can_be() -> None:
         ('model = "yi-34b"\nnoods = 3\n', "cluster.toml:2: noods: unknown key; known: "),
         ('model = "yi-34b"\ntp = "4"\n', "cluster.toml:2: tp: expected `int`, got `str`"),
         ('model = "yi-34b"\ntp = 0\n', "cluster.toml:2: tp: expected `int` >= 1"),
+        (
+            'model = "yi-34b"\nscheduler.spill = "disk"\n',
+            "cluster.toml:2: scheduler.spill: has no effect: simulated workers do not do that; leave it out",
+        ),
         ('model = "yi-34b"\npolicy = "lifo"\n', "cluster.toml:2: policy: invalid enum value 'lifo'"),
         (
             'model = "yi-34b"\n[workload]\nlong_low = 10\nlong_high = 9\n',

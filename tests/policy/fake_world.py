@@ -36,12 +36,16 @@ from common.messages.sp import (
     GroupFinished,
     GroupFormed,
     GroupGrown,
+    GroupNotSpilled,
     GroupPaused,
     GroupPrefillFinished,
     GroupResumed,
+    GroupSpilled,
     GrowGroup,
     PauseGroup,
+    RestoreGroup,
     ResumeGroup,
+    SpillGroup,
 )
 from common.policy.cluster import SchedulerConfig
 from common.policy.core import TimePassed, require
@@ -59,6 +63,7 @@ from common.policy.scheduler_io import (
 from tests.policy.scenario import profile, spec
 from tests.policy.watch import ROUNDING_S, Key, PauseWatch, RequestWatch
 
+SPILL_BYTES = 1_000_000
 MENDED_S = 20
 """Within so many seconds, all that lost messages broke is mended."""
 STEPS_MAX = 8
@@ -82,7 +87,8 @@ class FakeWorker:
 class FakeGroup:
     members: tuple[str, ...]
     state: str = "running"
-    """running, paused, decoding; unreachable: a member was dead when it was formed, which takes a while to find out"""
+    """running, paused, spilled, decoding; unreachable: a member was dead when it was formed, which takes a
+    while to find out"""
     trying: GrowGroup | None = None
     """To grow."""
     tried: int = 0
@@ -131,6 +137,8 @@ class World:
         self.saved: set[str] = set()
         self.handled: list[tuple[float, SchedulerEvent, Sequence[SchedulerCommand]]] = []
         self.router_heard_s = 0.0
+        self.disk_full = False
+        """No worker has room for KV that is moved out."""
         self.orders_to_lose = 0
         """So many of the next orders vanish on the way."""
         self.pauses = PauseWatch(config)
@@ -157,7 +165,8 @@ class World:
                 )
                 # Two replicas to a node.
                 node = f"n{int(name[1:]) // 2}"
-                me = profile(name, worker.role, kv=self.kv, incarnation=str(worker.incarnation), node=node)
+                incarnation = str(worker.incarnation)
+                me = profile(name, worker.role, kv=self.kv, incarnation=incarnation, node=node, spill_bytes=SPILL_BYTES)
                 self.send(name, WorkerHeartbeat(profile=me, holdings=holdings, leaving=worker.leaving))
         waiting = tuple((r, q.attempt) for r, q in sorted(self.requests.items()) if q.ended is None)
         self.send("r", RouterHeartbeat(router_id="r", waiting=waiting))
@@ -254,6 +263,10 @@ class World:
             for worker_id in group.members:
                 held = (name, attempt) in self.workers[worker_id].holds
                 require(held, f"{name} is {group.state}, and its KV on {worker_id} is gone")
+                booked = self.scheduler.cluster.replicas[worker_id].held[name, attempt].tokens
+                require(
+                    booked > 0 or group.state == "spilled", f"{name} is {group.state} on {worker_id}, by the books not"
+                )
 
     def _note(self, commands: Sequence[SchedulerCommand]) -> None:
         for command in commands:
@@ -264,6 +277,13 @@ class World:
             elif isinstance(command, PauseGroup):
                 members = self.scheduler.cluster.requests[command.request_id].members
                 self.seen["group of several paused"] += len(members) > 1
+            elif isinstance(command, SpillGroup):
+                self.seen["spilled"] += 1
+                self.seen["group of several spilled"] += (
+                    len(self.scheduler.cluster.requests[command.request_id].members) > 1
+                )
+            elif isinstance(command, RestoreGroup):
+                self.seen["restored"] += 1
 
     def _perform(self, command: SchedulerCommand) -> None:
         match command:
@@ -298,6 +318,8 @@ class World:
                 self._grow((command.request_id, command.attempt), command)
             case PauseGroup() | ResumeGroup():
                 self._steer((command.request_id, command.attempt), pause=isinstance(command, PauseGroup))
+            case SpillGroup() | RestoreGroup():
+                self._move((command.request_id, command.attempt), out=isinstance(command, SpillGroup))
             case DissolveGroup():
                 self._dissolve((command.request_id, command.attempt), "dissolved")
 
@@ -367,6 +389,21 @@ class World:
         word = GroupGrown(request_id=key[0], attempt=key[1], growth=growth, members=group.members, prefilled_tokens=1)
         self.send("c", word)
 
+    def _move(self, key: Key, *, out: bool) -> None:
+        group = self.groups.get(key)
+        if group is None or group.state not in ("paused", "spilled"):
+            return
+        about = {"request_id": key[0], "attempt": key[1]}
+        if out and group.state == "paused" and self.disk_full:
+            self.seen["spill refused"] += 1
+            self.send("c", GroupNotSpilled(reason="no room", **about))
+            return
+        group.state = "spilled" if out else "paused"
+        if out:
+            self.send("c", GroupSpilled(**about))
+        else:
+            self.send("c", GroupPaused(step=1, prefilled_tokens=1, pause_latency_s=0.01, **about))
+
     def _dissolve(self, key: Key, reason: str, *, retryable: bool = True) -> None:
         group = self.groups.pop(key, None)
         for worker_id in (*group.members, *group.newcomers) if group else ():
@@ -378,7 +415,7 @@ class World:
         alive = [w for w in self.workers.values() if w.alive]
         shorts = {k for w in alive if w.role == "prefill" for k, phase in w.holds.items() if phase != "segment"}
         decodes = {k for w in alive if w.role == "decode" for k in w.holds}
-        return sorted(shorts | decodes | {k for k, g in self.groups.items() if g.state != "paused"})
+        return sorted(shorts | decodes | {k for k, g in self.groups.items() if g.state not in ("paused", "spilled")})
 
     def progress(self, key: Key) -> None:
         """One request takes its next step: prefill → handed over → decoded; group prefill → decode → finished."""

@@ -22,15 +22,27 @@ from common.messages.sp import (
     GroupFailed,
     GroupFinished,
     GroupGrown,
+    GroupNotSpilled,
     GroupPaused,
+    GroupSpilled,
     GrowGroup,
     LoadSegment,
     MeetRanks,
     PauseGroup,
+    RestoreGroup,
     ResumeGroup,
+    SpillGroup,
 )
 from common.policy.core import TimePassed
-from common.policy.prefill_events import EnterGroup, GroupCalled, GroupLost, MeetOthers, OthersMet, PassSegment
+from common.policy.prefill_events import (
+    EnterGroup,
+    GroupCalled,
+    GroupLost,
+    MeetOthers,
+    OthersMet,
+    PassSegment,
+    SpillKv,
+)
 from common.policy.prefill_jobs import LongJob, LongState
 from common.policy.prefill_worker import PrefillWorkerCore
 from common.policy.sp_coordinator import SpCoordinator
@@ -95,6 +107,8 @@ class GroupWorld:
         self.stop_token_share = 0.0
         self.unmet_share = 0.0
         """Of the times that ranks are to meet."""
+        self.refused_share = 0.0
+        """Of the ranks that are to move their KV out: who cannot."""
         for number in range(workers):
             self.start(WorkerId(f"p{number}"))
 
@@ -184,6 +198,7 @@ class GroupWorld:
                 lambda w=worker_id, r=r: self.on(w, lambda: self.worlds[w].open_failed(r)) for r in world.leaving
             )
             yield from (lambda w=worker_id, r=r: self.on(w, lambda: self.worlds[w].handoff(r)) for r in world.streams)
+            yield from (lambda w=worker_id, r=r: self.move_ends(w, r) for r in world.moving)
             if world.running is not None and self._can_step(worker_id):
                 yield lambda w=worker_id: self.step(w)
         yield from (lambda m=m: self.met(m) for m in self.meeting)
@@ -263,6 +278,13 @@ class GroupWorld:
         event = GroupLost(request_id=key[0], attempt=key[1], reason="a rank is gone")
         self.on(worker_id, lambda: self.worlds[worker_id].tell(event))
 
+    def move_ends(self, worker_id: WorkerId, request_id: RequestId) -> None:
+        world = self.worlds[worker_id]
+        out = isinstance(world.moving[request_id], SpillKv)
+        failed = self.random.random() < (0.5 if request_id in world.unwanted else self.refused_share * out)
+        self.seen["not spilled"] += failed and out
+        self.on(worker_id, lambda: world.moved(request_id, failed=failed))
+
     def deliver(self, worker_id: WorkerId) -> None:
         order = self.orders[worker_id].popleft()
         if isinstance(order, LoadSegment):
@@ -300,6 +322,8 @@ class GroupWorld:
                 self.members[key] = command.members
             if isinstance(command, GroupPaused):
                 self.require_paused(key, command.step)
+            if isinstance(command, GroupSpilled | GroupNotSpilled):
+                self.require_moved(key, out=isinstance(command, GroupSpilled))
             if isinstance(command, GroupFinished | GroupFailed):
                 assert type(self.endings.setdefault(key, command)) is type(command)
         self.coordinator.check()
@@ -331,6 +355,12 @@ class GroupWorld:
 
     def resume(self, name: str, attempt: int = 0) -> None:
         self.feed(ResumeGroup(request_id=RequestId(name), attempt=attempt))
+
+    def spill(self, name: str, attempt: int = 0) -> None:
+        self.feed(SpillGroup(request_id=RequestId(name), attempt=attempt))
+
+    def restore(self, name: str, attempt: int = 0) -> None:
+        self.feed(RestoreGroup(request_id=RequestId(name), attempt=attempt))
 
     def dissolve(self, name: str, attempt: int = 0) -> None:
         self.feed(DissolveGroup(request_id=RequestId(name), attempt=attempt))
@@ -387,6 +417,14 @@ class GroupWorld:
         assert {job.steps_done for job in jobs} <= {step}, "paused at different steps"
         self.seen["paused"] += 1
         self.seen["paused in a chunk"] += step % LAYERS != 0
+
+    def require_moved(self, key: Key, *, out: bool) -> None:
+        """All ranks, or none."""
+        if self.links[key].broken or self.links[key].left:
+            return
+        states = {job.state for job in self.jobs(key)}
+        assert states <= ({LongState.SPILLED} if out else {LongState.PAUSED, LongState.LOADED}), states
+        self.seen["spilled" if out else "all stand again"] += 1
 
     def check(self) -> None:
         for key, link in self.links.items():

@@ -25,6 +25,8 @@ from common.policy.prefill_events import (
     ForgetKv,
     HandoffFailed,
     HandoffFinished,
+    KvRestored,
+    KvSpilled,
     MeetOthers,
     OpenFailed,
     OpenSequence,
@@ -36,10 +38,15 @@ from common.policy.prefill_events import (
     PrefillCommand,
     PrefillEvent,
     PrefillWorkerConfig,
+    RestoreFailed,
+    RestoreKv,
     ResumePass,
     RunPass,
     SampledToken,
     SequenceOpened,
+    SpillFailed,
+    SpillKv,
+    StopMove,
     StopPass,
 )
 from common.policy.prefill_worker import PrefillWorkerCore
@@ -121,6 +128,8 @@ class Held:
     computed: int = 0
     known: int = 0
     in_stopped_pass: bool = False
+    away: bool = False
+    """Its KV is elsewhere, or on its way there or back."""
 
 
 @dataclass(eq=False)
@@ -139,6 +148,9 @@ class World:
     leaving: set[RequestId] = field(default_factory=set)
     """Of those: shared, and the other ranks are waited for no more."""
     held: dict[RequestId, Held] = field(default_factory=dict)
+    moving: dict[RequestId, SpillKv | RestoreKv] = field(default_factory=dict)
+    unwanted: set[RequestId] = field(default_factory=set)
+    """Of those: told to end."""
     streams: set[RequestId] = field(default_factory=set)
     """Handoffs whose end is awaited."""
     pass_id: int | None = None
@@ -258,10 +270,24 @@ class World:
         else:
             self.tell(HandoffFinished(request_id=request_id, attempt=attempt))
 
+    def moved(self, request_id: RequestId, *, failed: bool = False) -> None:
+        """One that is not wanted any more fails, unless it was just done."""
+        command = self.moving.pop(request_id)
+        self.unwanted.discard(request_id)
+        out = isinstance(command, SpillKv)
+        self.held[request_id].away = out != failed
+        about = {"request_id": request_id, "attempt": command.attempt}
+        if failed:
+            self.tell(SpillFailed(reason="full", **about) if out else RestoreFailed(reason="broken", **about))
+        else:
+            self.tell(KvSpilled(kv_bytes=1, moved_to="disk", **about) if out else KvRestored(**about))
+
     def settle(self, token: int = PLAIN_TOKEN) -> None:
         """Answer everything, successfully, until nothing is under way."""
         for _ in range(10_000):
-            if self.opening:
+            if self.moving:
+                self.moved(next(iter(self.moving)))
+            elif self.opening:
                 self.opened(next(iter(self.opening)))
             elif self.running is not None:
                 self.step(token)
@@ -313,6 +339,7 @@ class World:
                 self.stopped.remove(found[0])
                 for segment in found[0].segments:
                     self.held[segment.request_id].in_stopped_pass = False
+                    assert not self.held[segment.request_id].away
                 self.running, self.pass_id = found[0], pass_id
                 self._tell_group(found[0])
             case StopPass(pass_id=pass_id):
@@ -339,6 +366,16 @@ class World:
                 self.streams.add(request_id)
             case AbortHandoff(request_id=request_id):
                 self.streams.add(request_id)
+            case SpillKv(request_id=request_id) | RestoreKv(request_id=request_id):
+                assert request_id not in self.moving
+                assert self.held[request_id].away == isinstance(command, RestoreKv)
+                assert not (self.running and any(part.request_id == request_id for part in self.running.segments))
+                self.held[request_id].away = True
+                self.moving[request_id] = command
+            case StopMove(request_id=request_id):
+                assert request_id in self.moving
+                assert request_id not in self.unwanted
+                self.unwanted.add(request_id)
             case PlaceKv():
                 assert command.location.request_id in self.held
                 self.located[command.location.request_id] = command
@@ -357,6 +394,7 @@ class World:
             assert 0 < segment.tokens <= held.known - held.computed
             assert segment.sample == (segment.start + segment.tokens == held.known and held.rank == 0)
             assert not held.in_stopped_pass
+            assert not held.away
         orders = [self.shorts.get((s.request_id, self.held[s.request_id].spec.attempt)) for s in command.segments]
         long_decodes = any(
             order is None and segment.start >= self.held[segment.request_id].spec.prompt.tokens
@@ -390,6 +428,7 @@ class World:
                 self.group.began(self.worker_id, segment, begun.steps_done)
 
     def _close(self, request_id: RequestId) -> None:
+        assert request_id not in self.moving, "closed while its KV is moved"
         assert request_id in self.held
         assert request_id not in self.streams, "closed while its KV was being sent"
         assert self.running is None or all(s.request_id != request_id for s in self.running.segments)

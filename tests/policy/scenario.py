@@ -42,12 +42,16 @@ from common.messages.sp import (
     GroupFinished,
     GroupFormed,
     GroupGrown,
+    GroupNotSpilled,
     GroupPaused,
     GroupPrefillFinished,
     GroupResumed,
+    GroupSpilled,
     GrowGroup,
     PauseGroup,
+    RestoreGroup,
     ResumeGroup,
+    SpillGroup,
 )
 from common.policy.cluster import SchedulerConfig
 from common.policy.core import TimePassed
@@ -73,6 +77,7 @@ def profile(
     incarnation: str = "1",
     rows: int = 32,
     node: str = "n0",
+    spill_bytes: int = 0,
 ) -> WorkerProfile:
     return WorkerProfile(
         worker_id=worker_id,
@@ -89,6 +94,7 @@ def profile(
         rows_max=rows if role == "decode" else 1,
         data_address=f"{worker_id}:1",
         step_cost=COST,
+        spill_bytes_max=spill_bytes,
     )
 
 
@@ -138,8 +144,9 @@ def parse_event(verb: str, args: list[str], options: dict[str, str]) -> Schedule
                 for r in options.get("holds", "").split(",")
                 if r
             )
-            node = options.get("node", "n0")
-            me = profile(name, role, kv=kv, incarnation=options.get("incarnation", "1"), node=node)
+            node, spill_bytes = options.get("node", "n0"), int(options.get("spill", "0"))
+            incarnation = options.get("incarnation", "1")
+            me = profile(name, role, kv=kv, incarnation=incarnation, node=node, spill_bytes=spill_bytes)
             return WorkerHeartbeat(profile=me, holdings=holdings, leaving="leaving" in options)
         case "left":
             return WorkerLeft(worker_id=name, incarnation="1")
@@ -191,6 +198,10 @@ def parse_event(verb: str, args: list[str], options: dict[str, str]) -> Schedule
             at_token = int(options.get("at", "0"))
             members, growth = tuple(args[1:]), int(options["growth"])
             return GroupGrown(**group(name), growth=growth, members=members, prefilled_tokens=at_token)
+        case "spilled":
+            return GroupSpilled(**group(name))
+        case "not-spilled":
+            return GroupNotSpilled(**group(name), reason="no room")
         case "resumed":
             return GroupResumed(**group(name))
         case "group-prefilled":
@@ -233,7 +244,7 @@ def render(command: SchedulerCommand) -> str:
             return f"coordinator: form {command.spec.request_id} on {' '.join(command.members)}"
         case GrowGroup():
             return f"coordinator: grow {command.request_id} to {' '.join(command.members)}, try {command.growth}"
-        case PauseGroup() | ResumeGroup() | DissolveGroup():
+        case PauseGroup() | ResumeGroup() | SpillGroup() | RestoreGroup() | DissolveGroup():
             return f"coordinator: {type(command).__name__.removesuffix('Group').lower()} {command.request_id}"
 
 

@@ -12,7 +12,13 @@ from common.policy.sp_group import GroupState
 from tests.policy.group_world import GroupWorld
 
 WORKERS = 4
-UNBOUNDED = (GroupState.PREFILLING, GroupState.RESUMING, GroupState.PAUSED, GroupState.DECODING)
+UNBOUNDED = (
+    GroupState.PREFILLING,
+    GroupState.RESUMING,
+    GroupState.PAUSED,
+    GroupState.SPILLED,
+    GroupState.DECODING,
+)
 """No rank owes an answer in a time."""
 
 
@@ -33,9 +39,13 @@ def form(world: GroupWorld, name: str) -> int:
 
 def disturb(world: GroupWorld, names: list[str], number: int, *, pauses: bool) -> None:
     """Something that the scheduler may do at any time."""
-    match world.random.choice("sspprwgg" if pauses else "ssgggg"):
+    match world.random.choice("sspprwggmmmb" if pauses else "ssgggg"):
         case "s":
             shorts(world, number)
+        case "m":
+            world.spill(world.random.choice(names))
+        case "b":
+            world.restore(world.random.choice(names))
         case "p":
             world.pause(world.random.choice(names))
         case "r":
@@ -51,6 +61,7 @@ def run(seed: int, *, faults: bool) -> GroupWorld:
     # A stop token is drawn at times: a long may end with its first token, or before its last.
     world.stop_token_share = 0.1 if seed % 5 == 0 else 0.0
     world.unmet_share = 0.1 if seed % 3 == 0 else 0.0
+    world.refused_share = 0.2
     names = ["a", "b"][: 1 + seed % 2]
     expected = {name: form(world, name) for name in names}
     for number in range(400):
@@ -62,6 +73,8 @@ def run(seed: int, *, faults: bool) -> GroupWorld:
             world.act()
     for _ in range(10):
         for name in names:
+            if world.coordinator.state_of(name, 0) is GroupState.SPILLED:
+                world.restore(name)
             if world.coordinator.state_of(name, 0) in (GroupState.PAUSED, GroupState.PAUSING):
                 world.resume(name)
         world.settle()
@@ -107,6 +120,8 @@ def test_groups_are_paused_as_one_and_get_all_their_tokens(request: pytest.Fixtu
     assert seen["grown"] > 8
     assert seen["not grown"] > 15
     assert seen["entered"] > 2 * seen["grown"], "the old ranks, too"
+    assert seen["spilled"] > 10
+    assert seen["all stand again"] > 3
 
 
 def test_whatever_is_lost_or_dropped_everything_ends_and_nothing_is_held(request: pytest.FixtureRequest) -> None:

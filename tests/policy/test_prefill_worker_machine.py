@@ -23,12 +23,14 @@ from common.messages.prefill import DropRequest, KvReleased, PrefillFailed, Pref
 from common.messages.sp import (
     DropSegment,
     PauseSegment,
+    RestoreSegment,
     RunSegment,
     SegmentDropped,
     SegmentFailed,
     SegmentFinished,
     SegmentPaused,
     SegmentPrefilled,
+    SpillSegment,
 )
 from common.policy.prefill_jobs import LongJob, LongState, ShortJob
 from common.units import RequestId
@@ -116,6 +118,12 @@ class PrefillWorkerMachine(RuleBasedStateMachine):
         elif job.verdict is None:
             assert job.state is not LongState.RUNNING
 
+    @precondition(lambda self: self.held(LongJob))
+    @rule(data=st.data(), order=st.sampled_from([SpillSegment, SpillSegment, RestoreSegment]))
+    def move_long(self, data: st.DataObject, order: type[SpillSegment | RestoreSegment]) -> None:
+        job = data.draw(st.sampled_from(self.held(LongJob)))
+        self.world.tell(order(worker_id=WORKER, request_id=job.request_id, attempt=job.attempt))
+
     @precondition(lambda self: self.held(ShortJob))
     @rule(data=st.data())
     def drop_short(self, data: st.DataObject) -> None:
@@ -138,6 +146,11 @@ class PrefillWorkerMachine(RuleBasedStateMachine):
             self.world.open_failed(request_id)
         else:
             self.world.opened(request_id)
+
+    @precondition(lambda self: self.world.moving)
+    @rule(data=st.data(), failed=st.booleans())
+    def move_ends(self, data: st.DataObject, failed: bool) -> None:
+        self.world.moved(data.draw(st.sampled_from(sorted(self.world.moving))), failed=failed)
 
     @precondition(lambda self: self.world.running is not None)
     @rule(token=st.sampled_from([PLAIN_TOKEN, PLAIN_TOKEN, STOP_TOKEN]))
@@ -185,7 +198,10 @@ class PrefillWorkerMachine(RuleBasedStateMachine):
         jobs = self.world.core.books.jobs
         assert set(self.world.held) | set(self.world.opening) == set(jobs)
         held_tokens = {h.request_id: h.kv_tokens for h in self.world.core.holdings() if h.kv_tokens}
-        assert set(held_tokens) == set(self.world.held)
+        there = {name for name, held in self.world.held.items() if not held.away}
+        assert there <= set(held_tokens) <= set(self.world.held)
+        away = {name for name, held in self.world.held.items() if held.away and name not in self.world.moving}
+        assert not away & set(held_tokens)
 
     @invariant()
     def nobody_ends_twice(self) -> None:
@@ -203,6 +219,10 @@ class PrefillWorkerMachine(RuleBasedStateMachine):
             assert legal.fullmatch(words), f"{key}: {words}"
 
     def teardown(self) -> None:
+        self.world.settle()
+        for job in self.held(LongJob):
+            self.world.tell(RestoreSegment(worker_id=WORKER, request_id=job.request_id, attempt=job.attempt))
+        self.world.settle()
         for job in self.held(LongJob):
             self.world.tell(RunSegment(worker_id=WORKER, request_id=job.request_id, attempt=job.attempt))
         self.world.settle()

@@ -40,19 +40,28 @@ class SchedulerMachine(RuleBasedStateMachine):
                 "batch_tokens_max": st.just(300),
                 "pause_max_s": st.just(0.5),
                 "pause_share_max": st.sampled_from([0.0, 0.2, 1.0]),
+                "spill": st.sampled_from(["memory", "disk"]),
             },
         ),
     )
     def start(
-        self, prefill: int, decode: int, threshold: int, group_max: int, longs: int, switches: dict[str, object]
+        self,
+        prefill: int,
+        decode: int,
+        threshold: int,
+        group_max: int,
+        longs: int,
+        switches: dict[str, object],
     ) -> None:
         """`longs`: so many prefill already."""
         settings = {"threshold_tokens": threshold, "attempts_max": 1_000, "group_max": group_max} | switches
-        config = SchedulerConfig(policy=self.policy, **settings)
+        self._begin(SchedulerConfig(policy=self.policy, **settings), prefill, decode, [12_000] * longs)
+
+    def _begin(self, config: SchedulerConfig, prefill: int, decode: int, longs: list[int]) -> None:
         self.world = World(config, prefill=prefill, decode=decode)
         self.serial = 0
-        for _ in range(longs):
-            self.submit(12_000, 100)
+        for tokens in longs:
+            self.submit(tokens, 100)
         self.world.deliver_all()
 
     @rule(
@@ -98,12 +107,16 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         data=st.data(),
-        kind=st.sampled_from(["crash", "crash_member", "retire", "leave", "restart", "coordinator", "fail_work"]),
+        kind=st.sampled_from(
+            ["crash", "crash_member", "retire", "leave", "restart", "coordinator", "fail_work", "disk"]
+        ),
     )
     def fault(self, data: st.DataObject, kind: str) -> None:
         world = self.world
         if kind == "coordinator":
             data.draw(st.sampled_from([world.restart_coordinator, world.coordinator_leaves]))()
+        elif kind == "disk":
+            world.disk_full = not world.disk_full
         elif kind == "fail_work":
             if work := world.work():
                 world.fail_work(data.draw(st.sampled_from(work)), retryable=data.draw(st.booleans()))
@@ -134,6 +147,36 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(w.kv_reserved == 0 for w in world.scheduler.cluster.workers())
 
 
+class SpillMachine(SchedulerMachine):
+    """Longs fill every replica: shorts find room where they are moved out, or where they end."""
+
+    seen: ClassVar[Counter[str]] = Counter()
+
+    @initialize(
+        groups=st.integers(1, 3),
+        group_max=st.integers(1, 2),
+        decode=st.integers(1, 2),
+        more=st.integers(0, 1),
+        pause_max_s=st.sampled_from([10.0, 0.5]),
+        pause_share_max=st.sampled_from([0.9, 1.0]),
+    )
+    def start(
+        self, groups: int, group_max: int, decode: int, more: int, pause_max_s: float, pause_share_max: float
+    ) -> None:
+        config = SchedulerConfig(
+            group_max=group_max,
+            shorts_spare=0.0,
+            attempts_max=1_000,
+            pause_max_s=pause_max_s,
+            pause_share_max=pause_share_max,
+        )
+        self._begin(config, groups * group_max, decode, [19_650 if group_max == 1 else 39_500] * (groups + more))
+
+    @rule(tokens=st.lists(st.integers(251, 800), min_size=1, max_size=4))
+    def shorts_that_need_room(self, tokens: list[int]) -> None:
+        self.burst(tokens)
+
+
 class FifoMachine(SchedulerMachine):
     policy = "fifo"
     seen: ClassVar[Counter[str]] = Counter()
@@ -161,11 +204,16 @@ WITH_PAUSES_NIGHTLY = [
     *(f"member lost while {state}" for state in ("pausing", "paused")),
     *("PauseGroup lost", "ResumeGroup lost"),
 ]
+WITH_SPILLS = ["spilled", "restored", "group of several spilled"]
+WITH_SPILLS_NIGHTLY = [
+    *(f"member lost while {state}" for state in ("spilling", "spilled", "restoring")),
+    *("SpillGroup lost", "RestoreGroup lost", "spill refused"),
+]
 """What the examples must have brought about, or the machine proves less than it says. (A group of 3: of 3 or more. Not
 each run of some hundred examples comes to every one of these: test_groups.py does.)"""
 
 
-@pytest.mark.parametrize("machine", [SchedulerMachine, FifoMachine, ReservationMachine, PriorityMachine])
+@pytest.mark.parametrize("machine", [SchedulerMachine, SpillMachine, FifoMachine, ReservationMachine, PriorityMachine])
 def test_any_interleaving(machine: type[SchedulerMachine], request: pytest.FixtureRequest) -> None:
     nightly = request.config.getoption("--nightly")
     machine.seen.clear()
@@ -183,5 +231,7 @@ def test_any_interleaving(machine: type[SchedulerMachine], request: pytest.Fixtu
     wanted = EVERYWHERE + NIGHTLY * nightly
     if machine.policy == "pecsched":
         wanted += WITH_PAUSES + WITH_PAUSES_NIGHTLY * nightly
+    if machine is SpillMachine:
+        wanted += WITH_SPILLS + WITH_SPILLS_NIGHTLY * nightly
     never = [what for what in wanted if not machine.seen[what]]
     assert not never, f"never came about: {never}; came about: {dict(machine.seen)}"

@@ -88,3 +88,11 @@ def test_spans_are_the_stages_by_the_clock_of_the_world(phases: tuple[tuple[Requ
         assert (where["pecsched.workers"], where["pecsched.scheme"]) == ("p0,p1", "ring 2")
     else:
         assert where["pecsched.worker_id"] == "d0"
+
+
+def test_a_pause_during_which_kv_was_elsewhere_is_one_pause():
+    moved = ((S.SPILLING, 3.0), (S.SPILLED, 3.5), (S.RESTORING, 4.5), (S.PAUSED, 5.0))
+    phases = ((S.FORMING, 1.0), (S.RUNNING, 1.5), (S.PAUSING, 2.0), (S.PAUSED, 2.5), *moved, (S.RESUMING, 5.5))
+    stages = told(life((*phases, (S.RUNNING, 6.0), (S.DECODING, 7.0))))
+    assert [stage for stage in stages if stage[0] == "pause"] == [("pause", 2.5, 6.0)]
+    assert set(STAGE_OF) == set(RequestState)
