@@ -31,6 +31,10 @@ class Spilling:
 
     def obey(self, order: SpillGroup | RestoreGroup, group: Group) -> None:
         if isinstance(order, SpillGroup) and group.state is G.PAUSED:
+            if group.trying is not None:
+                group.not_spilled = "others join it"
+                self._voice.say(group.not_spilled_word(self._voice.cause))
+                return
             group.not_spilled = ""
             self._voice.move(group, G.SPILLING)
             for rank in group.ranks:

@@ -420,9 +420,11 @@ class GroupWorld:
 
     def require_moved(self, key: Key, *, out: bool) -> None:
         """All ranks, or none."""
-        if self.links[key].broken or self.links[key].left:
+        growth = self.at.get((self.members[key][0], key), 0)
+        link = self.links[*key, growth]
+        if link.broken or link.left:
             return
-        states = {job.state for job in self.jobs(key)}
+        states = {job.state for job in self.jobs(key, growth) if job.growth == growth}
         assert states <= ({LongState.SPILLED} if out else {LongState.PAUSED, LongState.LOADED}), states
         self.seen["spilled" if out else "all stand again"] += 1
 
