@@ -1,5 +1,5 @@
 """KV of a paused long moved out and back: the bounds of its pause, the group's core, the worker's core. (What the
-scheduler decides, in golden scenarios 38 to 41; any interleaving, in the state machines.)"""
+scheduler decides, in golden scenarios 41 to 44; any interleaving, in the state machines.)"""
 
 from __future__ import annotations
 
