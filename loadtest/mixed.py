@@ -29,15 +29,16 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 
+from common.messages.base import Message
 from common.messages.requests import LengthClass
-from common.messages.sp import GroupPaused
+from common.messages.sp import GroupPaused, GroupResumed
 from common.runtime import subjects
 from loadtest import report
 from loadtest.client import Client
@@ -270,7 +271,7 @@ class Bench:
     async def measure(self, title: str, place: Place, client: Client, schedule: Schedule) -> Setting:
         """One setting, from an idle cluster to its last answer."""
         pauses_before = await _pauses(client)
-        async with observing(place, (subjects.SCHEDULER,), GroupPaused) as observer:
+        async with observing(place, (subjects.SCHEDULER,), GroupPaused, GroupResumed) as observer:
             with self._bars.counting(title, len(schedule.arrivals)) as step, _busy() as busy:
                 measured = await run_open_loop(client, schedule, step)
             pauses = await _pauses(client) - pauses_before
@@ -278,7 +279,7 @@ class Bench:
         return Setting(
             run=measured,
             pauses=pauses,
-            pause_latencies_s=tuple(m.pause_latency_s for _, m in heard if isinstance(m, GroupPaused)),
+            pause_latencies_s=pause_latencies_s(message for _, message in heard),
             machine_busy=busy.machine if place.here else None,
             client_busy=busy.client,
         )
@@ -287,6 +288,22 @@ class Bench:
         low, high = self.options.short_tokens if kind == "short" else self.options.long_tokens
         number = 32 if kind == "short" else 2
         return even_asks(self.options.seed, purpose, kind, (low, low if low_only else high), number)
+
+
+def pause_latencies_s(heard: Iterable[Message]) -> tuple[float, ...]:
+    """One per pause: a coordinator says again that a group stands, for as long as it does."""
+    found: list[float] = []
+    standing: set[tuple[str, int]] = set()
+    for message in heard:
+        match message:
+            case GroupPaused() if (message.request_id, message.attempt) not in standing:
+                standing.add((message.request_id, message.attempt))
+                found.append(message.pause_latency_s)
+            case GroupResumed():
+                standing.discard((message.request_id, message.attempt))
+            case _:
+                pass
+    return tuple(found)
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from common.errors import StartupError
+from common.messages.sp import GroupPaused, GroupResumed
 from loadtest import mixed
 from loadtest.__main__ import main, parse
 from loadtest.cluster import served
@@ -97,3 +98,12 @@ def test_a_json_file_that_cannot_be_written_is_found_out_first(
 ) -> None:
     assert main(["engine", "--json", str(tmp_path / "missing" / "out.json")]) == 1
     assert "there is no folder" in capsys.readouterr().err
+
+
+def test_a_pause_that_is_told_again_is_one_pause() -> None:
+    def paused(latency_s: float, name: str = "a") -> GroupPaused:
+        return GroupPaused(request_id=name, attempt=0, step=3, prefilled_tokens=0, pause_latency_s=latency_s)
+
+    resumed = GroupResumed(request_id="a", attempt=0)
+    heard = [paused(0.02), paused(0.02), paused(0.05, "b"), paused(0.02), resumed, paused(0.03), paused(0.05, "b")]
+    assert mixed.pause_latencies_s(heard) == (0.02, 0.05, 0.03)
