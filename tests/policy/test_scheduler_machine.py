@@ -220,7 +220,7 @@ def test_any_interleaving(machine: type[SchedulerMachine], request: pytest.Fixtu
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=10_000 if nightly else 60,
+            max_examples=10_000 if nightly else 100,
             stateful_step_count=60 if nightly else 40,
             deadline=None,
             derandomize=not nightly,

@@ -84,7 +84,7 @@ def test_a_mistake_is_one_line_that_names_flag_or_variable(cls, argv, env, parts
         (["--policy", "priority", "--preemption"], {}, "--preemption: has no effect with --policy priority"),
         (["--policy", "reservation", "--no-colocation"], {}, "--no-colocation: has no effect with"),
         (["--policy", "fifo", "--shorts-spare", "1"], {}, "it needs --policy pecsched"),
-        (["--policy", "fifo", "--spill", "disk"], {}, "--spill disk: has no effect with --policy fifo"),
+        (["--policy", "fifo", "--spill", "disk"], {}, "--spill: has no effect with --policy fifo"),
         (["--no-disaggregation", "--spill", "memory"], {}, "has no effect with --no-disaggregation; it needs"),
         (["--policy", "fifo", "--pause-max-s", "1"], {}, "--pause-max-s: has no effect with --policy fifo"),
         (["--no-preemption", "--pause-max-s", "1"], {}, "has no effect with --no-preemption; it needs --preemption"),
