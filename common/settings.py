@@ -214,7 +214,7 @@ class WorkerSettings(ModelSettings, frozen=True, kw_only=True):
 
 class PrefillWorkerSettings(WorkerSettings, frozen=True, kw_only=True):
     chunk_tokens: Annotated[Count, Meta(description="tokens of a long prompt per pass, at most")] = 512
-    step_ms_max: Annotated[Duration, Meta(description="a step (one layer of one chunk) is sized to stay below")] = 26.0
+    step_ms_max: Annotated[Duration, Meta(description="a step (one layer of one chunk) is sized to stay below")] = 15.0
     batch_tokens_max: Annotated[Count, Meta(description="tokens of shorts prefilled in one pass")] = 512
     colocated_tokens_max: Annotated[Count, Meta(description="short tokens that share a step with a long's decode")] = (
         192
