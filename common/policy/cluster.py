@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import msgspec
@@ -287,13 +287,17 @@ class Cluster:
         if isinstance(worker, Decoder):
             self._index_decoder(worker)
             return
-        worker_id, home = worker.worker_id, self._home_of(worker)
-        if worker.home is not home:
-            if worker.home is not None:
-                worker.home.discard(worker_id)
-            worker.home = home
-            (self.seats.add if home in (self.idle, self.decoding) else self.seats.discard)(worker_id)
-        self._reload(worker)
+        self._rehome(worker, self._home_of(worker))
+
+    def _rehome(self, replica: Replica, home: LoadIndex[WorkerId]) -> None:
+        if replica.home is home:
+            return
+        worker_id = replica.worker_id
+        if replica.home is not None:
+            replica.home.discard(worker_id)
+        replica.home = home
+        (self.seats.add if home is self.idle or home is self.decoding else self.seats.discard)(worker_id)
+        self._reload(replica)
 
     def _index_decoder(self, decoder: Decoder) -> None:
         if decoder.shunned:
@@ -303,15 +307,17 @@ class Cluster:
 
     def _reload(self, replica: Replica) -> None:
         """Its shorts changed: its load, not its home."""
-        worker_id = replica.worker_id
+        worker_id, long = replica.worker_id, replica.long
         assert replica.home is not None
         replica.home.set(worker_id, replica.queued_tokens)
-        if replica.long is not None and replica.long in self.standing:
-            self._stands(replica.long)
-        if replica.is_vacant and not replica.shunned:
-            self.room_changes += self.vacant.add(worker_id, replica.profile.node)
-        else:
+        if long is not None:
+            if long in self.standing:
+                self._stands(long)
             self.vacant.discard(worker_id)
+        elif replica.queued_tokens or replica.resident or replica.shunned:
+            self.vacant.discard(worker_id)
+        else:
+            self.room_changes += self.vacant.add(worker_id, replica.profile.node)
 
     def _home_of(self, replica: Replica) -> LoadIndex[WorkerId]:
         if replica.long is not None:
@@ -368,8 +374,7 @@ class Cluster:
         """For a member of its group; or again, with other tokens: its KV was moved out, or comes back."""
         reservation = replica.held.get(key)
         if reservation is None:
-            self.reserve(replica, key, 0, now_s)
-            reservation = replica.held[key]
+            reservation = replica.held[key] = Reservation(tokens=0, ordered_s=now_s)
         more = tokens - reservation.tokens
         reservation.tokens, reservation.ordered_s, reservation.of_long = tokens, now_s, True
         replica.kv_reserved += more
@@ -423,14 +428,24 @@ class Cluster:
                 replica.resident.add(key)
             self._reload(replica)
 
-    def seat_long(self, replica: Replica, request_id: RequestId) -> None:
-        if replica.long is not None:
-            raise InvariantViolated(f"{replica.worker_id} already prefills {replica.long}, not {request_id}")
-        replica.long = request_id
-        if request_id not in self.groups:
-            self.groups[request_id] = LoadIndex()
+    def seat_long(self, replicas: Iterable[Replica], request_id: RequestId) -> None:
+        """It takes the prefill places of these; of more than it had, when it grows."""
+        group = self.groups.get(request_id)
+        if group is None:
+            group = self.groups[request_id] = LoadIndex()
             self._runs(request_id)
-        self._reindex(replica)
+        for replica in replicas:  # some sixty at once: what `_reindex` comes to, for each
+            if replica.long is not None:
+                raise InvariantViolated(f"{replica.worker_id} already prefills {replica.long}, not {request_id}")
+            worker_id, replica.long = replica.worker_id, request_id
+            if replica.home is not None:
+                replica.home.discard(worker_id)
+            replica.home = group
+            group.set(worker_id, replica.queued_tokens)
+            self.seats.discard(worker_id)
+            self.vacant.discard(worker_id)
+        if request_id in self.standing:
+            self._stands(request_id)
 
     def unseat_long(self, request: Request, *, decodes: bool) -> None:
         """The long leaves the prefill place of its replicas, to decode there or for good."""
@@ -438,15 +453,28 @@ class Cluster:
 
     def unseat(self, request: Request, workers: tuple[WorkerId, ...], *, decodes: bool) -> None:
         """Of some of its replicas."""
+        request_id = request.request_id
         for worker_id in workers:
             replica = self.replicas.get(worker_id)
             if replica is None:
                 continue
-            if replica.long == request.request_id:
-                replica.long = None
             if decodes:
-                replica.decoding.add(request.request_id)
+                replica.decoding.add(request_id)
             else:
-                replica.decoding.discard(request.request_id)
-            self._reindex(replica)
-        self._close_group(request.request_id)
+                replica.decoding.discard(request_id)
+            if replica.long == request_id:
+                replica.long = None
+            if replica.long is None:  # else another one has its place: it is indexed by that
+                self._rehome(replica, self._home_of(replica))
+        self._close_group(request_id)
+
+    def release_long(self, request: Request) -> None:
+        """None of its replicas holds anything of this attempt any more."""
+        for worker_id in request.workers:
+            replica = self.replicas.get(worker_id)
+            reservation = None if replica is None else replica.held.pop(request.key, None)
+            if replica is not None and reservation is not None:
+                replica.kv_reserved -= reservation.tokens
+                replica.kv_free += reservation.tokens
+                replica.kv_of_longs -= reservation.tokens
+        self.room_changes += 1

@@ -40,8 +40,11 @@ TRY_AGAIN_S = 5.0
 """From one try of a group to its next, whatever came of it."""
 LOOKS_MAX = 4
 """Groups that are looked at for one decision."""
-SIZES = (1, 2, 4, 8, 16, 32)
-"""Numbers of newcomers that are weighed, beside as many as there are."""
+LOOK_EVERY_S = 0.1
+"""From one look to the next. In a large cluster something begins or ends in every millisecond, and each time others are
+idle; to weigh a group costs as much as ten decisions do, and one that grows a little later loses next to nothing."""
+SIZES = (32, 16, 8, 4, 2, 1)
+"""Numbers of newcomers that are weighed, after as many as there are."""
 
 PrefillTimes = Callable[[int, Layout], float]
 """`LongPlanner.prefill_s`."""
@@ -89,6 +92,7 @@ class Elastic:
         """Since when more replicas are idle than are to be left."""
         self._seen: int | None = None
         """The cluster's count of changes when it was last found that nobody grows."""
+        self._rests_until_s = 0.0
         self._look_s: float | None = None
 
     def decide(self, cluster: Cluster, spare: int, now_s: float) -> GrowLong | None:
@@ -105,6 +109,10 @@ class Elastic:
             return None
         if self._seen == cluster.room_changes:
             return None
+        if now_s < self._rests_until_s:
+            self._look_s = self._rests_until_s
+            return None
+        self._rests_until_s = now_s + LOOK_EVERY_S
         for _, _, request_id in cluster.running[:LOOKS_MAX]:
             request = cluster.requests[request_id]
             again_s = request.growth_since_s + TRY_AGAIN_S if request.growth else now_s
@@ -131,23 +139,26 @@ class Elastic:
         return tuple(offered[: self._best(cluster, request, offered, now_s)])
 
     def _best(self, cluster: Cluster, request: Request, offered: Sequence[WorkerId], now_s: float) -> int:
-        """How many of these it takes in."""
+        """How many of these it takes in: the most that are worth it. None is weighed that would not be worth it even
+        if all that can be shared were shared ideally."""
         assert request.pauses is not None
         tokens, prefill_s = request.tokens, self._planner.prefill_s
-        before, left_s = layout_of(cluster, request.members), request.pauses.remaining_s(now_s)
-        size, best, best_s = len(request.members), 0, left_s - GAIN_MIN_S
-        if not offered or best_s <= 0.0:
+        size, left_s = len(request.members), request.pauses.remaining_s(now_s)
+        if not offered or left_s <= GAIN_MIN_S:
             return 0
+        before = layout_of(cluster, request.members)
         work = Work.of(prefill_s, tokens, before)
         done = work.tokens(max(0.0, work.seconds(tokens) - left_s))
-        for count in sorted({*(n for n in SIZES if n < len(offered)), len(offered)}):
-            members = (*request.members, *offered[:count])
-            took_s = remaining_s(prefill_s, tokens, done, before, layout_of(cluster, members))
-            if size * left_s < EFFICIENCY_MIN * (size + count) * took_s:
-                break
-            if took_s < best_s and not _lacks_room(cluster, request, offered[:count]):
-                best, best_s = count, took_s
-        return best
+        fixed_s = 2.0 * work.square * done * (tokens - done)
+        for count in (len(offered), *(n for n in SIZES if n < len(offered))):
+            share = size / (size + count)
+            enough_s = min(left_s - GAIN_MIN_S, left_s * share / EFFICIENCY_MIN)
+            if fixed_s + (left_s - fixed_s) * share > enough_s or _lacks_room(cluster, request, offered[:count]):
+                continue
+            after = layout_of(cluster, (*request.members, *offered[:count]))
+            if remaining_s(prefill_s, tokens, done, before, after) <= enough_s:
+                return count
+        return 0
 
 
 def _offered(cluster: Cluster, request: Request, most: int) -> Iterator[WorkerId]:

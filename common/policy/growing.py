@@ -29,7 +29,7 @@ def grow(ledger: Ledger, decision: GrowLong) -> None:
     share = kv_share(request.spec.kv_tokens, len(request.workers))
     for worker_id in decision.newcomers:
         cluster.reserve_long(cluster.replicas[worker_id], request.key, share, ledger.now_s)
-        cluster.seat_long(cluster.replicas[worker_id], request.request_id)
+    cluster.seat_long([cluster.replicas[worker_id] for worker_id in decision.newcomers], request.request_id)
     ledger.save(request)
     order(ledger, request)
 

@@ -46,6 +46,8 @@ of them idle at once, which under a steady load may be never: it takes the least
 shorts are done."""
 TRY_AGAIN_S = 0.5
 """A long that found no room looks again when there is more of it, or after this time: shorts may bring less load."""
+TRY_EVERY_S = 0.005
+"""But no sooner after it last looked: in a large cluster there is more room, or less, at every event."""
 LOAD_WINDOW_S = 30.0
 """Over which the load of shorts is averaged, or over what has passed since the first of them, if that is less."""
 LOAD_SETTLES_S = 1.0
@@ -65,7 +67,7 @@ class PecSchedPolicy:
         self._load = ShortLoad()
         self._tried: tuple[RequestId, int] | None = None
         """The long that found no room, and when by the cluster's count of changes."""
-        self._try_again_s = 0.0
+        self._tried_s = -math.inf
         self._blocked: tuple[RequestId, float] | None = None
         """The long whose turn it is and that only shorts keep from starting, and since when."""
         self._wake_for_long_s: float | None = None
@@ -161,14 +163,17 @@ class PecSchedPolicy:
             self._wake_for_long_s = None
             return None
         tried = (request.request_id, cluster.room_changes)
-        if tried == self._tried and now_s < self._try_again_s:
-            return None
+        if self._tried is not None and tried[0] == self._tried[0]:
+            again_s = self._tried_s + (TRY_AGAIN_S if tried == self._tried else TRY_EVERY_S)
+            if now_s < again_s:
+                self._wake_for_long_s = again_s if cluster.seats else None
+                return None
         members = self._group_for(cluster, request, now_s)
         if members:
             self._tried = None
             return PlaceLong(request, members)
-        self._tried, self._try_again_s = tried, now_s + TRY_AGAIN_S
-        self._wake_for_long_s = self._try_again_s if cluster.seats else None
+        self._tried, self._tried_s = tried, now_s
+        self._wake_for_long_s = now_s + TRY_AGAIN_S if cluster.seats else None
         return None
 
     def _group_for(self, cluster: Cluster, request: Request, now_s: float) -> tuple[WorkerId, ...]:

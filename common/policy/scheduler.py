@@ -114,13 +114,9 @@ class Scheduler:
     def handle(self, event: SchedulerEvent, now_s: float) -> list[SchedulerCommand]:
         ledger = self._ledger
         self._serial += 1
-        ledger.now_s = now_s
-        ledger.cause = f"{type(event).__name__}#{ledger.epoch}.{self._serial}"
+        ledger.hear(event, now_s, f"{type(event).__name__}#{ledger.epoch}.{self._serial}")
         if self._serial == 1:
             self._membership.first_event()
-        request_id = getattr(event, "request_id", None)
-        if request_id is not None:
-            ledger.stories.note(request_id, now_s, ledger.cause, event)
         self._dispatch(event)
         if now_s >= self._membership.quiet_until_s:
             self._membership.expire()
@@ -192,9 +188,6 @@ class Scheduler:
 
     def _on_submitted(self, event: RequestSubmitted) -> None:
         spec = event.spec
-        self._ledger.stories.note(
-            spec.request_id, self._ledger.now_s, self._ledger.cause, f"RequestSubmitted attempt={spec.attempt}"
-        )
         known = self._cluster.requests.get(spec.request_id)
         if known is None:
             self._submit_new(spec)
@@ -386,8 +379,9 @@ class Scheduler:
                 self._ledger.release(replica.worker_id, key)
             return
         self._cluster.unseat_long(request, decodes=False)
+        self._cluster.release_long(request)
         for worker_id in request.workers:
-            self._ledger.release(worker_id, key)
+            self._policy.replica_eased(worker_id, self._cluster)
         if isinstance(event, GroupFinished):
             self._ledger.end(request, "finished", withdraw=False)
         elif event.retryable:
@@ -466,7 +460,7 @@ class Scheduler:
         self._ledger.move(request, RequestState.FORMING)
         for replica, share in zip(replicas, plan.reserved, strict=True):
             self._cluster.reserve_long(replica, request.key, share, self._ledger.now_s)
-            self._cluster.seat_long(replica, request.request_id)
+        self._cluster.seat_long(replicas, request.request_id)
         self._counters["placed_long"] += 1
         self._ledger.save(request)
         self._ledger.emit(

@@ -79,7 +79,7 @@ class Scene:
         self.request.members, self.request.sizes = (member,), (1,)
         self.request.state = RequestState.RUNNING
         self.request.pauses = PauseAccount(started_s=0.0, estimate_s=PLANNER.prefill_s(tokens, (1,)))
-        self.cluster.seat_long(self.cluster.replicas[member], RequestId("L"))
+        self.cluster.seat_long([self.cluster.replicas[member]], RequestId("L"))
         self.elastic = Elastic(SchedulerConfig(**{"group_max": 8, **config}), PLANNER)
 
     def profile(self, number: int) -> WorkerProfile:
