@@ -5,7 +5,8 @@ One run, on a cluster that it starts itself:
 1. *Probes* of the idle cluster: shorts one at a time, a long alone, and shorts one at a time while one worker, and then
    every worker, prefills a long. From them follow the factors and overheads of `fidelity_model.Calibration`.
 2. *Load*, for each seed: shorts and longs, two Poisson processes in an open loop. Latencies count from the intended
-   arrival.
+   arrival. After each load the idle cluster is probed again, and what is predicted for it is the mean of what was
+   found before and after: a shared machine is not as fast in one quarter of an hour as in the next.
 3. *Replay*: the very same arrivals in the simulator, which runs the production scheduler core with the live scheduler's
    settings, the costs that the live workers measured of themselves at their start, and what the probes found.
    Nothing of 2 is used in 3 but arrivals and lengths.
@@ -44,8 +45,8 @@ from common.settings_loader import load
 from loadtest import report
 from loadtest.client import Client
 from loadtest.cluster import served, view_of
-from loadtest.fidelity_model import Calibration, LiveCluster, calibrate, replay
-from loadtest.fidelity_probes import probe
+from loadtest.fidelity_model import Calibration, LiveCluster, calibrate, mean_of, replay
+from loadtest.fidelity_probes import probe, warm_up
 from loadtest.runner import MeasurementFailed, Sample, run_open_loop
 from loadtest.simulator.result import Outcome
 from loadtest.simulator.workload import Arrival, Workload
@@ -128,14 +129,18 @@ async def _run(options: FidelityOptions, settings: ServeSettings, config: Schedu
             client = Client(place.url, timeout_s=ANSWER_S)
             stack.push_async_callback(client.close)
             live = await _live_cluster(client, settings, config)
-            probes = await probe(client, live, options.short_tokens, options.long_tokens, bars)
-            found = calibrate(live, probes)
+            await warm_up(client, live, options.short_tokens, options.long_tokens, bars)
+            found = [await _calibrated(client, options, live, bars)]
             for seed in options.seeds:
                 await asyncio.sleep(QUIET_S)
-                loads[seed] = await _load(client, options, live, found, seed, bars)
+                schedule, samples = await _load(client, options, seed, bars)
+                found.append(await _calibrated(client, options, live, bars))
+                workload = workload_of(schedule, live.config.threshold_tokens, f"seed {seed}")
+                predicted = replay(live, mean_of(found[-2:]), workload, seed=seed)
+                loads[seed] = [Pair(*both) for both in zip(samples, predicted, strict=True)]
     return figures_of(loads) | {
-        "calibration": msgspec.to_builtins(found),
-        "probes": msgspec.to_builtins(probes),
+        "calibration": msgspec.to_builtins(mean_of(found)),
+        "calibrations": msgspec.to_builtins(found),
         "requests": {str(seed): [pair.facts() for pair in pairs] for seed, pairs in loads.items()},
         "run": {
             **msgspec.to_builtins(options),
@@ -169,10 +174,14 @@ def _given(settings: ServeSettings, kind: type[_Settings]) -> _Settings:
     return load(kind, [], role_environment(role, settings, os.environ, "nats://", "redis://"))
 
 
+async def _calibrated(client: Client, options: FidelityOptions, live: LiveCluster, bars: report.Bars) -> Calibration:
+    return calibrate(live, await probe(client, live, options.short_tokens, options.long_tokens, bars))
+
+
 async def _load(
-    client: Client, options: FidelityOptions, live: LiveCluster, found: Calibration, seed: int, bars: report.Bars
-) -> list[Pair]:
-    """One seed's load on the live cluster, and its replay."""
+    client: Client, options: FidelityOptions, seed: int, bars: report.Bars
+) -> tuple[Schedule, Sequence[Sample]]:
+    """One seed's load on the live cluster."""
     schedule = make_schedule(
         seed,
         short_rps=options.short_rps,
@@ -183,10 +192,7 @@ async def _load(
         long_tokens=options.long_tokens,
     )
     with bars.counting(f"load, seed {seed}", len(schedule.arrivals)) as step:
-        measured = await run_open_loop(client, schedule, step)
-    workload = workload_of(schedule, live.config.threshold_tokens, f"seed {seed}")
-    predicted = replay(live, found, workload, seed=seed)
-    return [Pair(*both) for both in zip(measured.samples, predicted, strict=True)]
+        return schedule, (await run_open_loop(client, schedule, step)).samples
 
 
 def workload_of(schedule: Schedule, threshold_tokens: int, name: str) -> Workload:
@@ -261,6 +267,8 @@ def _row(metric: str, percent: str, part: dict[str, Any]) -> list[str]:
 
 
 def _calibration_lines(found: dict[str, float]) -> list[str]:
+    """Of the mean of all."""
+
     def ms(name: str) -> str:
         return report.ms(found[name])
 

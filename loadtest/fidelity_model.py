@@ -98,6 +98,12 @@ class Calibration(Record, frozen=True, kw_only=True):
         return self.beside_short_s / MESSAGES
 
 
+def mean_of(found: Sequence[Calibration]) -> Calibration:
+    """Of one or more, field by field."""
+    names = Calibration.__struct_fields__
+    return Calibration(**{name: sum(getattr(each, name) for each in found) / len(found) for name in names})
+
+
 class LiveCosts:
     """`ReplicaCosts` of the live workers: their own measurements, corrected by what probes showed."""
 

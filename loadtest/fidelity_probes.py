@@ -26,6 +26,19 @@ QUIET_S = 0.1
 """Before every probe: what the last one left behind is cleared away."""
 
 
+async def warm_up(
+    client: Client, live: LiveCluster, short_tokens: tuple[int, int], long_tokens: tuple[int, int], bars: Bars
+) -> None:
+    """Raises: MeasurementFailed."""
+    rng = random.Random("warm-up")
+    long = make_ask(rng, "long", min(long_tokens[0], live.config.threshold_tokens + 256))
+    first = [*_shorts(rng, short_tokens, WARM_UP), long]
+    with bars.counting("warming up", len(first)) as step:
+        for sample in (await run_in_turn(client, first, step)).samples:
+            if sample.failure is not None:
+                raise MeasurementFailed(f"warm-up: a request failed: {sample.failure}")
+
+
 async def probe(
     client: Client, live: LiveCluster, short_tokens: tuple[int, int], long_tokens: tuple[int, int], bars: Bars
 ) -> Probes:
@@ -34,11 +47,6 @@ async def probe(
     rng = random.Random("probes")
     threshold = live.config.threshold_tokens
     low, high = long_tokens
-    first = [*_shorts(rng, short_tokens, WARM_UP), make_ask(rng, "long", min(low, threshold + 256))]
-    with bars.counting("warming up", len(first)) as step:
-        for sample in (await run_in_turn(client, first, step)).samples:
-            if sample.failure is not None:
-                raise MeasurementFailed(f"warm-up: a request failed: {sample.failure}")
     alone = []
     with bars.counting("probes: shorts alone", ALONE) as step:
         for ask in _shorts(rng, short_tokens, ALONE):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import msgspec
 import pytest
 
@@ -21,6 +23,7 @@ from loadtest.fidelity_model import (
     Probes,
     calibrate,
     line,
+    mean_of,
     replay,
 )
 from loadtest.runner import MeasurementFailed, Sample
@@ -171,6 +174,23 @@ class Counted:
 def test_a_machine_that_is_faster_in_company_counts_as_equally_fast() -> None:
     beside = tuple(probe_short(n, OUTPUT_TOKENS, slower=0.5, decode_slower=0.5) for n in (40, 120))
     assert calibrate(cluster(cores=2), probes(beside_long=beside)).together == 1.0
+
+
+def test_a_machine_that_slowed_down_meanwhile_counts_as_its_mean() -> None:
+    live, fast = cluster(), probes()
+    slow = Probes(
+        tuple(
+            dataclasses.replace(p, ttft_s=2 * p.ttft_s, jct_s=2 * p.jct_s, compute_s=2 * p.compute_s)
+            for p in fast.alone
+        ),
+        fast.long_alone,
+    )
+    before, after = calibrate(live, fast), calibrate(live, slow)
+    between = mean_of([before, after])
+    assert between.short_token_s == pytest.approx(1.5 * before.short_token_s)
+    assert between.decode_step == pytest.approx(1.5 * before.decode_step)
+    assert between.long_pass == before.long_pass
+    assert mean_of([before]) == before
 
 
 @pytest.mark.parametrize(
