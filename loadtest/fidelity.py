@@ -266,7 +266,7 @@ def _row(metric: str, percent: str, part: dict[str, Any]) -> list[str]:
     return [title, report.s(part["predicted"]), report.s(part["measured"]), report.times(part["ratio"]), verdict]
 
 
-def _calibration_lines(found: dict[str, float]) -> list[str]:
+def _calibration_lines(found: dict[str, Any]) -> list[str]:
     """Of the mean of all."""
 
     def ms(name: str) -> str:
@@ -275,8 +275,10 @@ def _calibration_lines(found: dict[str, float]) -> list[str]:
     def times(name: str) -> str:
         return report.times(found[name])
 
+    factors = found.get("short_spread") or (1.0,)
+    spread = f", each {min(factors):.2f} to {max(factors):.2f} times that"
     return [
-        f"from probes: a pass of shorts {ms('short_pass_s')} and {ms('short_token_s')} per token;",
+        f"from probes: a pass of shorts {ms('short_pass_s')} and {ms('short_token_s')} per token{spread};",
         f"over what workers measured at their start, a long's passes {times('long_pass')}, a decode step "
         f"{times('decode_step')}, of a long {times('long_decode_step')};",
         f"beside computing {ms('beside_short_s')} per short and {ms('beside_long_s')} per long, "

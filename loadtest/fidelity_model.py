@@ -7,6 +7,7 @@ from probes of the idle cluster (`Calibration`), before the load that is compare
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -92,6 +93,9 @@ class Calibration(Record, frozen=True, kw_only=True):
     its share of the cores by weight; at most 1."""
     step_gain: float = 1.0
     """Where it is faster than that: by how much its weight counts for more; at least 1."""
+    short_spread: tuple[float, ...] = ()
+    """How long the pass of each short took that came alone, over what the line through all of them says: on a shared
+    machine no two are alike, and a p99 is made of the slow ones. In a replay each pass is one of these."""
 
     @property
     def hop_s(self) -> float:
@@ -99,17 +103,20 @@ class Calibration(Record, frozen=True, kw_only=True):
 
 
 def mean_of(found: Sequence[Calibration]) -> Calibration:
-    """Of one or more, field by field."""
-    names = Calibration.__struct_fields__
-    return Calibration(**{name: sum(getattr(each, name) for each in found) / len(found) for name in names})
+    """Of one or more, field by field; what was seen of passes is kept."""
+    spread = tuple(factor for each in found for factor in each.short_spread)
+    names = [name for name in Calibration.__struct_fields__ if name != "short_spread"]
+    means = {name: sum(getattr(each, name) for each in found) / len(found) for name in names}
+    return Calibration(**means, short_spread=spread)
 
 
 class LiveCosts:
     """`ReplicaCosts` of the live workers: their own measurements, corrected by what probes showed."""
 
-    def __init__(self, measured: StepCostModel, found: Calibration) -> None:
+    def __init__(self, measured: StepCostModel, found: Calibration, *, seed: int = 0) -> None:
         self._measured = measured
         self._found = found
+        self._rng = random.Random(seed)
         self.kv_capacity_tokens = measured.kv_capacity_tokens
 
     def pass_s(self, tokens: int, past: int = 0) -> float:
@@ -117,8 +124,9 @@ class LiveCosts:
         return self._found.long_pass * self._measured.pass_s(tokens, past)
 
     def batch_s(self, lengths: Sequence[int]) -> float:
-        """Of shorts; their attention is in their tokens' part."""
-        return self._found.short_pass_s + self._found.short_token_s * sum(lengths)
+        """Of shorts; their attention is in their tokens' part. Another time for each pass, see `short_spread`."""
+        pass_s = self._found.short_pass_s + self._found.short_token_s * sum(lengths)
+        return pass_s * self._rng.choice(self._found.short_spread) if self._found.short_spread else pass_s
 
     def decode_step_s(self, rows: int, kv_tokens: int) -> float:
         return self._found.decode_step * self._measured.decode_step_s(rows, kv_tokens)
@@ -234,6 +242,7 @@ def calibrate(live: LiveCluster, probes: Probes) -> Calibration:
     return Calibration(
         short_pass_s=pass_s,
         short_token_s=token_s,
+        short_spread=tuple(probe.compute_s / (pass_s + token_s * probe.prompt_tokens) for probe in alone),
         long_pass=long.compute_s / long_s,
         decode_step=step_s / measured.decode_step_s(1, round(median(probe.prompt_tokens for probe in alone))),
         long_decode_step=long_step_s / measured.shared_step_s(0, 1, long.prompt_tokens),
@@ -294,7 +303,7 @@ def replay(live: LiveCluster, found: Calibration, workload: Workload, *, seed: i
     """The live cluster's twin under the same arrivals, in their order; times to tokens are those at the client.
     Raises: SimulationError, MeasurementFailed."""
     measured = live.costs()
-    costs = LiveCosts(measured, found)
+    costs = LiveCosts(measured, found, seed=seed)
     world = World(
         live.shape(),
         live.config,

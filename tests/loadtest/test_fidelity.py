@@ -190,7 +190,18 @@ def test_a_machine_that_slowed_down_meanwhile_counts_as_its_mean() -> None:
     assert between.short_token_s == pytest.approx(1.5 * before.short_token_s)
     assert between.decode_step == pytest.approx(1.5 * before.decode_step)
     assert between.long_pass == before.long_pass
+    assert between.short_spread == before.short_spread + after.short_spread
     assert mean_of([before]) == before
+
+
+def test_passes_differ_as_the_probes_did() -> None:
+    live, found = cluster(), calibrate(cluster(), probes())
+    assert found.short_spread == pytest.approx([1.0] * len(probes().alone))
+    spread = msgspec.structs.replace(found, short_spread=(1.0, 1.0, 3.0))
+    passes = [LiveCosts(live.costs(), spread, seed=seed).batch_s([100]) for seed in range(40)]
+    plain_s = found.short_pass_s + 100 * found.short_token_s
+    assert {round(pass_s / plain_s, 6) for pass_s in passes} == {1.0, 3.0}
+    assert passes == [LiveCosts(live.costs(), spread, seed=seed).batch_s([100]) for seed in range(40)]
 
 
 @pytest.mark.parametrize(
