@@ -28,7 +28,7 @@ from common.policy.decisions import GrowLong
 from common.policy.lifecycle import RequestState
 from common.policy.long_planner import Layout, LongPlanner
 from common.policy.placement import kv_share, layout_of
-from common.units import WorkerId
+from common.units import RequestId, WorkerId
 
 EFFICIENCY_MIN = 0.5
 """What the ranks of a larger group do each, at the least, of what those of the smaller one would."""
@@ -43,6 +43,8 @@ LOOKS_MAX = 4
 LOOK_EVERY_S = 0.1
 """From one look to the next. In a large cluster something begins or ends in every millisecond, and each time others are
 idle; to weigh a group costs as much as ten decisions do, and one that grows a little later loses next to nothing."""
+SOON_S = 0.002
+"""Nor in the very event from which it follows that one may be worth it: a request waits for what that is about."""
 SIZES = (32, 16, 8, 4, 2, 1)
 """Numbers of newcomers that are weighed, after as many as there are."""
 
@@ -92,35 +94,47 @@ class Elastic:
         """Since when more replicas are idle than are to be left."""
         self._seen: int | None = None
         """The cluster's count of changes when it was last found that nobody grows."""
+        self._declined: dict[RequestId, tuple[int, float]] = {}
+        """What was weighed in the last look and not worth it: with how many seats, and when. It hardly becomes worth it
+        later with as many: less is left to be shared."""
         self._rests_until_s = 0.0
         self._look_s: float | None = None
 
     def decide(self, cluster: Cluster, spare: int, now_s: float) -> GrowLong | None:
         """When nobody waits."""
-        self._look_s = None
         seats = min(len(cluster.vacant), len(cluster.seats) - spare)
         if seats < 1 or not cluster.running or not cluster.can_form_groups:
-            self._idle_since_s = self._seen = None
+            self._idle_since_s = self._seen = self._look_s = None
             return None
         if self._idle_since_s is None:
             self._idle_since_s = now_s
-        if now_s < self._idle_since_s + IDLE_S:
-            self._look_s = self._idle_since_s + IDLE_S
+        if self._seen != cluster.room_changes:
+            due_s = max(now_s + SOON_S, self._idle_since_s + IDLE_S, self._rests_until_s)
+            self._look_s = due_s if self._look_s is None else min(due_s, self._look_s)
+        if self._look_s is None or now_s < self._look_s:
             return None
-        if self._seen == cluster.room_changes:
-            return None
-        if now_s < self._rests_until_s:
-            self._look_s = self._rests_until_s
-            return None
-        self._rests_until_s = now_s + LOOK_EVERY_S
+        return self._look(cluster, seats, now_s)
+
+    def _look(self, cluster: Cluster, seats: int, now_s: float) -> GrowLong | None:
+        self._look_s, self._rests_until_s = None, now_s + LOOK_EVERY_S
+        before, self._declined = self._declined, {}
         for _, _, request_id in cluster.running[:LOOKS_MAX]:
             request = cluster.requests[request_id]
             again_s = request.growth_since_s + TRY_AGAIN_S if request.growth else now_s
+            with_seats, at_s = before.get(request_id, (0, 0.0))
+            if seats <= with_seats and now_s < at_s + TRY_AGAIN_S:
+                again_s = max(again_s, at_s + TRY_AGAIN_S)
+                self._declined[request_id] = with_seats, at_s
             if now_s < again_s:
                 self._look_s = again_s if self._look_s is None else min(again_s, self._look_s)
+            elif request.state is not RequestState.RUNNING or request.joining or request.scheme.per_node > 1:
+                pass  # it cannot now
             elif newcomers := self._newcomers(cluster, request, seats, now_s):
+                self._look_s = self._rests_until_s  # for the others
                 return GrowLong(request, newcomers)
-        self._seen = cluster.room_changes if self._look_s is None else None
+            else:
+                self._declined[request_id] = seats, now_s
+        self._seen = cluster.room_changes
         return None
 
     def nobody_grows(self) -> None:
@@ -131,10 +145,7 @@ class Elastic:
         return self._look_s
 
     def _newcomers(self, cluster: Cluster, request: Request, seats: int, now_s: float) -> tuple[WorkerId, ...]:
-        size = len(request.members)
-        if request.state is not RequestState.RUNNING or request.joining or request.scheme.per_node > 1:
-            return ()
-        most = min(seats, self._config.group_max - size)
+        most = min(seats, self._config.group_max - len(request.members))
         offered = list(_offered(cluster, request, most)) if most > 0 else []
         return tuple(offered[: self._best(cluster, request, offered, now_s)])
 
