@@ -57,6 +57,10 @@ def names_in(query: str) -> set[str]:
     return {name for name in re.findall(r"\b[a-z_][a-z0-9_]+\b(?!\s*\()", bare) if "_" in name or name == "up"}
 
 
+class NotReady(httpx.HTTPStatusError):
+    """It listens already, and has not yet read its storage."""
+
+
 class Prometheus:
     """Debian's, scraping a cluster of `pecsched serve`."""
 
@@ -88,6 +92,8 @@ class Prometheus:
 
     def ask(self, path: str, **params: str) -> Any:
         answer = httpx.get(f"{self.url}/api/v1/{path}", params=params, trust_env=False, timeout=PATIENCE_S)
+        if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            raise NotReady(answer.text, request=answer.request, response=answer)
         assert answer.status_code == 200, answer.text
         return answer.json()["data"]
 
