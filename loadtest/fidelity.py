@@ -45,7 +45,7 @@ from common.settings_loader import load
 from loadtest import report
 from loadtest.client import Client
 from loadtest.cluster import served, view_of
-from loadtest.fidelity_model import Calibration, LiveCluster, calibrate, mean_of, replay
+from loadtest.fidelity_model import LiveCluster, calibrate, mean_of, replay
 from loadtest.fidelity_probes import probe, warm_up
 from loadtest.runner import MeasurementFailed, Sample, run_open_loop
 from loadtest.simulator.result import Outcome
@@ -130,17 +130,18 @@ async def _run(options: FidelityOptions, settings: ServeSettings, config: Schedu
             stack.push_async_callback(client.close)
             live = await _live_cluster(client, settings, config)
             await warm_up(client, live, options.short_tokens, options.long_tokens, bars)
-            found = [await _calibrated(client, options, live, bars)]
+            probes = [await probe(client, live, options.short_tokens, options.long_tokens, bars)]
             for seed in options.seeds:
                 await asyncio.sleep(QUIET_S)
                 schedule, samples = await _load(client, options, seed, bars)
-                found.append(await _calibrated(client, options, live, bars))
+                probes.append(await probe(client, live, options.short_tokens, options.long_tokens, bars))
                 workload = workload_of(schedule, live.config.threshold_tokens, f"seed {seed}")
-                predicted = replay(live, mean_of(found[-2:]), workload, seed=seed)
+                around = mean_of([calibrate(live, each) for each in probes[-2:]])
+                predicted = replay(live, around, workload, seed=seed)
                 loads[seed] = [Pair(*both) for both in zip(samples, predicted, strict=True)]
     return figures_of(loads) | {
-        "calibration": msgspec.to_builtins(mean_of(found)),
-        "calibrations": msgspec.to_builtins(found),
+        "calibration": msgspec.to_builtins(mean_of([calibrate(live, each) for each in probes])),
+        "probes": msgspec.to_builtins(probes),
         "requests": {str(seed): [pair.facts() for pair in pairs] for seed, pairs in loads.items()},
         "run": {
             **msgspec.to_builtins(options),
@@ -172,10 +173,6 @@ def _given(settings: ServeSettings, kind: type[_Settings]) -> _Settings:
     """What `serve` gave its workers of this kind."""
     role = next(role for role in make_plan(settings, 0).workers if role.settings is kind)
     return load(kind, [], role_environment(role, settings, os.environ, "nats://", "redis://"))
-
-
-async def _calibrated(client: Client, options: FidelityOptions, live: LiveCluster, bars: report.Bars) -> Calibration:
-    return calibrate(live, await probe(client, live, options.short_tokens, options.long_tokens, bars))
 
 
 async def _load(

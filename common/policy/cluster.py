@@ -290,6 +290,7 @@ class Cluster:
         self._rehome(worker, self._home_of(worker))
 
     def _rehome(self, replica: Replica, home: LoadIndex[WorkerId]) -> None:
+        """Its place, or what decodes there, changed. (In the same index its load is what it was.)"""
         if replica.home is home:
             return
         worker_id = replica.worker_id
@@ -395,22 +396,35 @@ class Cluster:
         worker = self.worker(worker_id)
         if worker is None:
             return False
-        reservation = worker.held.pop(key, None)
-        if reservation is not None:
-            worker.kv_reserved -= reservation.tokens
-            worker.kv_free += reservation.tokens
+        reserved = self._unreserve(worker, key)
         if isinstance(worker, Decoder):
             self._index_decoder(worker)
-            return reservation is not None
+            return reserved
         request = self.requests.get(key[0])
         self.room_changes += request is None or request.is_long
-        if reservation is not None and reservation.of_long:
-            worker.kv_of_longs -= reservation.tokens
         if key in worker.queued or key in worker.resident:
             worker.queued_tokens -= worker.queued.pop(key, 0)
             worker.resident.discard(key)
             self._reload(worker)
-        return reservation is not None
+        return reserved
+
+    def release_long(self, request: Request) -> None:
+        """None of its replicas holds anything of this attempt any more."""
+        for worker_id in request.workers:
+            replica = self.replicas.get(worker_id)
+            if replica is not None:
+                self._unreserve(replica, request.key)
+        self.room_changes += 1
+
+    def _unreserve(self, worker: Replica | Decoder, key: HoldKey) -> bool:
+        reservation = worker.held.pop(key, None)
+        if reservation is None:
+            return False
+        worker.kv_reserved -= reservation.tokens
+        worker.kv_free += reservation.tokens
+        if reservation.of_long and isinstance(worker, Replica):
+            worker.kv_of_longs -= reservation.tokens
+        return True
 
     # --- places ----------------------------------------------------------------------------------
 
@@ -434,18 +448,11 @@ class Cluster:
         if group is None:
             group = self.groups[request_id] = LoadIndex()
             self._runs(request_id)
-        for replica in replicas:  # some sixty at once: what `_reindex` comes to, for each
+        for replica in replicas:
             if replica.long is not None:
                 raise InvariantViolated(f"{replica.worker_id} already prefills {replica.long}, not {request_id}")
-            worker_id, replica.long = replica.worker_id, request_id
-            if replica.home is not None:
-                replica.home.discard(worker_id)
-            replica.home = group
-            group.set(worker_id, replica.queued_tokens)
-            self.seats.discard(worker_id)
-            self.vacant.discard(worker_id)
-        if request_id in self.standing:
-            self._stands(request_id)
+            replica.long = request_id
+            self._rehome(replica, group)
 
     def unseat_long(self, request: Request, *, decodes: bool) -> None:
         """The long leaves the prefill place of its replicas, to decode there or for good."""
@@ -467,14 +474,3 @@ class Cluster:
             if replica.long is None:  # else another one has its place: it is indexed by that
                 self._rehome(replica, self._home_of(replica))
         self._close_group(request_id)
-
-    def release_long(self, request: Request) -> None:
-        """None of its replicas holds anything of this attempt any more."""
-        for worker_id in request.workers:
-            replica = self.replicas.get(worker_id)
-            reservation = None if replica is None else replica.held.pop(request.key, None)
-            if replica is not None and reservation is not None:
-                replica.kv_reserved -= reservation.tokens
-                replica.kv_free += reservation.tokens
-                replica.kv_of_longs -= reservation.tokens
-        self.room_changes += 1

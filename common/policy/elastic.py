@@ -98,7 +98,9 @@ class Elastic:
         """What was weighed in the last look and not worth it: with how many seats, and when. It hardly becomes worth it
         later with as many: less is left to be shared."""
         self._rests_until_s = 0.0
+        """Before this nobody looks again."""
         self._look_s: float | None = None
+        """When the next look is due; None: not before something changes."""
 
     def decide(self, cluster: Cluster, spare: int, now_s: float) -> GrowLong | None:
         """When nobody waits."""
@@ -116,6 +118,7 @@ class Elastic:
         return self._look(cluster, seats, now_s)
 
     def _look(self, cluster: Cluster, seats: int, now_s: float) -> GrowLong | None:
+        """At the smallest groups, which gain most."""
         self._look_s, self._rests_until_s = None, now_s + LOOK_EVERY_S
         before, self._declined = self._declined, {}
         for _, _, request_id in cluster.running[:LOOKS_MAX]:
@@ -127,13 +130,14 @@ class Elastic:
                 self._declined[request_id] = with_seats, at_s
             if now_s < again_s:
                 self._look_s = again_s if self._look_s is None else min(again_s, self._look_s)
-            elif request.state is not RequestState.RUNNING or request.joining or request.scheme.per_node > 1:
-                pass  # it cannot now
-            elif newcomers := self._newcomers(cluster, request, seats, now_s):
+                continue
+            if request.state is not RequestState.RUNNING or request.joining or request.scheme.per_node > 1:
+                continue
+            newcomers = self._newcomers(cluster, request, seats, now_s)
+            if newcomers:
                 self._look_s = self._rests_until_s  # for the others
                 return GrowLong(request, newcomers)
-            else:
-                self._declined[request_id] = seats, now_s
+            self._declined[request_id] = seats, now_s
         self._seen = cluster.room_changes
         return None
 

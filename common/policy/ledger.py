@@ -17,13 +17,7 @@ from common.messages.base import Record
 from common.messages.decode import ExpectKv
 from common.messages.prefill import DropRequest, RunPrefill
 from common.messages.records import RequestRecord
-from common.messages.scheduling import (
-    RequestAccepted,
-    RequestFailed,
-    RequestInterrupted,
-    RequestRefused,
-    RequestSubmitted,
-)
+from common.messages.scheduling import RequestAccepted, RequestFailed, RequestInterrupted, RequestRefused
 from common.messages.sp import (
     DissolveGroup,
     FormGroup,
@@ -50,14 +44,7 @@ from common.policy.long_planner import LongPlanner
 from common.policy.pecsched import PecSchedPolicy
 from common.policy.priority import PriorityPolicy
 from common.policy.reservation import ReservationPolicy
-from common.policy.scheduler_io import (
-    PHASES_MAX,
-    ForgetRequest,
-    RequestLife,
-    SaveRequest,
-    SchedulerCommand,
-    SchedulerEvent,
-)
+from common.policy.scheduler_io import PHASES_MAX, ForgetRequest, RequestLife, SaveRequest, SchedulerCommand
 from common.policy.story import StoryLog
 from common.policy.timers import Timers
 from common.policy.transitions import require_legal
@@ -110,16 +97,6 @@ class Ledger:
         """Requests whose records are out of date."""
         self.now_s = 0.0
         self.cause = ""
-        self._about: RequestId | None = None
-        """Whose event is being handled: all that comes of it for this request is in its story already."""
-
-    def hear(self, event: SchedulerEvent, now_s: float, cause: str) -> None:
-        """Before it is handled."""
-        self.now_s, self.cause = now_s, cause
-        request_id = event.spec.request_id if type(event) is RequestSubmitted else getattr(event, "request_id", None)
-        self._about = request_id
-        if request_id is not None:
-            self.stories.note(request_id, now_s, cause, event, self.out)
 
     @property
     def grace_s(self) -> float:
@@ -287,7 +264,7 @@ class Ledger:
     # --- out -------------------------------------------------------------------------------------
 
     def take_out(self) -> list[SchedulerCommand]:
-        """All that gathered, and the records that are out of date. Not to be changed: stories tell of it."""
+        """All that gathered, and the records that are out of date."""
         out, self.out = self.out, []
         if self._unsaved:
             out += map(self._record_of, self._unsaved.values())
@@ -330,10 +307,9 @@ class Ledger:
         cause = self.cause
         force_setattr(command, "cause", cause)
         force_setattr(command, "epoch", self.epoch)
-        self.out.append(command)
         request_id = command.spec.request_id if isinstance(command, WITH_SPEC) else command.request_id
-        if request_id != self._about:
-            self.stories.note(request_id, self.now_s, cause, command)
+        self.stories.note(request_id, self.now_s, cause, command)
+        self.out.append(command)
 
     def done_share(self, request: Request, prefilled_tokens: int) -> float:
         """Of a long's work; 0: nothing yet, or unknown."""

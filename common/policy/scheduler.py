@@ -114,9 +114,13 @@ class Scheduler:
     def handle(self, event: SchedulerEvent, now_s: float) -> list[SchedulerCommand]:
         ledger = self._ledger
         self._serial += 1
-        ledger.hear(event, now_s, f"{type(event).__name__}#{ledger.epoch}.{self._serial}")
+        ledger.now_s = now_s
+        ledger.cause = f"{type(event).__name__}#{ledger.epoch}.{self._serial}"
         if self._serial == 1:
             self._membership.first_event()
+        request_id = getattr(event, "request_id", None)
+        if request_id is not None:
+            ledger.stories.note(request_id, now_s, ledger.cause, event)
         self._dispatch(event)
         if now_s >= self._membership.quiet_until_s:
             self._membership.expire()
@@ -188,6 +192,9 @@ class Scheduler:
 
     def _on_submitted(self, event: RequestSubmitted) -> None:
         spec = event.spec
+        self._ledger.stories.note(
+            spec.request_id, self._ledger.now_s, self._ledger.cause, f"RequestSubmitted attempt={spec.attempt}"
+        )
         known = self._cluster.requests.get(spec.request_id)
         if known is None:
             self._submit_new(spec)
