@@ -141,6 +141,10 @@ class Elastic:
         self._seen = cluster.room_changes
         return None
 
+    def long_changed(self) -> None:
+        """One that could not grow when it was looked at may be able to now: it runs again, or has grown."""
+        self._seen = None
+
     def nobody_grows(self) -> None:
         """Somebody waits: what is idle is for them."""
         self._idle_since_s = self._look_s = None

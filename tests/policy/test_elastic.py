@@ -9,7 +9,16 @@ import pytest
 
 from common.messages.cluster import WorkerProfile
 from common.policy.cluster import Cluster, Request, SchedulerConfig
-from common.policy.elastic import EFFICIENCY_MIN, IDLE_S, TRY_AGAIN_S, Elastic, Work, remaining_s
+from common.policy.elastic import (
+    EFFICIENCY_MIN,
+    IDLE_S,
+    LOOK_EVERY_S,
+    SOON_S,
+    TRY_AGAIN_S,
+    Elastic,
+    Work,
+    remaining_s,
+)
 from common.policy.lifecycle import RequestState
 from common.policy.long_planner import Layout
 from common.policy.preemption import PauseAccount
@@ -114,6 +123,47 @@ def test_those_who_wait_come_first():
     assert scene.elastic.next_deadline_s() is None
     assert scene.decide(1.0 + IDLE_S) == (), "they have to be idle anew"
     assert scene.decide(1.0 + 2 * IDLE_S) != ()
+
+
+def test_nobody_is_weighed_in_the_event_from_which_it_follows():
+    """A request waits for what that is about."""
+    scene = Scene()
+    scene.request.state = RequestState.PAUSED
+    assert scene.settled(1.0) == ()
+    scene.request.state = RequestState.RUNNING
+    assert scene.decide(3.0) == (), "nothing has changed that it knows of"
+    scene.elastic.long_changed()
+    assert scene.decide(4.0) == ()
+    assert scene.elastic.next_deadline_s() == 4.0 + SOON_S
+    assert scene.decide(4.0 + SOON_S) == ("p1", "p2", "p3")
+
+
+def test_a_cluster_in_which_something_changes_all_the_time_is_looked_at_now_and_then(monkeypatch):
+    scene, looks = Scene(), []
+    monkeypatch.setattr(scene.elastic, "_newcomers", lambda *_: looks.append(now_s) or ())
+    for tick in range(2_000):
+        now_s = 1.0 + tick / 1_000
+        scene.elastic._declined.clear()  # as if it were another group each time
+        scene.cluster.room_changes += 1
+        scene.decide(now_s)
+    assert len(looks) == pytest.approx((2.0 - IDLE_S) / LOOK_EVERY_S, abs=1)
+
+
+def test_what_was_not_worth_it_is_weighed_again_with_more_workers_or_later(monkeypatch):
+    scene, offers = Scene(), []
+    monkeypatch.setattr(scene.elastic, "_newcomers", lambda _c, _r, seats, _n: offers.append(seats) or ())
+    scene.settled(1.0, spare=1)
+    for tick in range(20):
+        scene.cluster.room_changes += 1
+        scene.decide(2.0 + tick / 10, spare=1 + tick % 2)
+    assert offers == [2], "with as few it is not worth more"
+    assert scene.elastic.next_deadline_s() is not None
+    scene.cluster.room_changes += 1
+    scene.decide(4.0)
+    scene.decide(4.1)
+    assert offers == [2, 3]
+    scene.decide(4.1 + TRY_AGAIN_S)
+    assert offers == [2, 3, 3]
 
 
 @pytest.mark.parametrize(("spare", "taken"), [(0, 3), (1, 2), (2, 1), (3, 0)])
