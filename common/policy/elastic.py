@@ -95,8 +95,8 @@ class Elastic:
         self._seen: int | None = None
         """The cluster's count of changes when it was last found that nobody grows."""
         self._declined: dict[RequestId, tuple[int, float]] = {}
-        """What was weighed in the last look and not worth it: with how many seats, and when. It hardly becomes worth it
-        later with as many: less is left to be shared."""
+        """For whom of those looked at last how many workers more were not worth it, and until when that is not asked
+        again: the less is left to be shared, the less they are."""
         self._rests_until_s = 0.0
         """Before this nobody looks again."""
         self._look_s: float | None = None
@@ -124,26 +124,27 @@ class Elastic:
         for _, _, request_id in cluster.running[:LOOKS_MAX]:
             request = cluster.requests[request_id]
             again_s = request.growth_since_s + TRY_AGAIN_S if request.growth else now_s
-            with_seats, at_s = before.get(request_id, (0, 0.0))
-            if seats <= with_seats and now_s < at_s + TRY_AGAIN_S:
-                again_s = max(again_s, at_s + TRY_AGAIN_S)
-                self._declined[request_id] = with_seats, at_s
             if now_s < again_s:
                 self._look_s = again_s if self._look_s is None else min(again_s, self._look_s)
                 continue
             if request.state is not RequestState.RUNNING or request.joining or request.scheme.per_node > 1:
                 continue
+            declined, until_s = before.get(request_id, (0, now_s))
+            if seats <= declined and now_s < until_s:
+                self._declined[request_id] = declined, until_s
+                continue
             newcomers = self._newcomers(cluster, request, seats, now_s)
             if newcomers:
                 self._look_s = self._rests_until_s  # for the others
                 return GrowLong(request, newcomers)
-            self._declined[request_id] = seats, now_s
+            self._declined[request_id] = seats, now_s + TRY_AGAIN_S
         self._seen = cluster.room_changes
         return None
 
-    def long_changed(self) -> None:
-        """One that could not grow when it was looked at may be able to now: it runs again, or has grown."""
+    def long_changed(self, request: Request) -> None:
+        """It may be able to grow now: it runs again, or has grown. And its pace is known anew."""
         self._seen = None
+        self._declined.pop(request.request_id, None)
 
     def nobody_grows(self) -> None:
         """Somebody waits: what is idle is for them."""

@@ -119,7 +119,7 @@ class PecSchedPolicy:
     def long_changed(self, request: Request) -> None:
         self._touched[request.request_id] = request
         if self._elastic is not None:
-            self._elastic.long_changed()
+            self._elastic.long_changed(request)
 
     # --- decisions -------------------------------------------------------------------------------
 

@@ -132,7 +132,7 @@ def test_nobody_is_weighed_in_the_event_from_which_it_follows():
     assert scene.settled(1.0) == ()
     scene.request.state = RequestState.RUNNING
     assert scene.decide(3.0) == (), "nothing has changed that it knows of"
-    scene.elastic.long_changed()
+    scene.elastic.long_changed(scene.request)
     assert scene.decide(4.0) == ()
     assert scene.elastic.next_deadline_s() == 4.0 + SOON_S
     assert scene.decide(4.0 + SOON_S) == ("p1", "p2", "p3")
@@ -149,21 +149,23 @@ def test_a_cluster_in_which_something_changes_all_the_time_is_looked_at_now_and_
     assert len(looks) == pytest.approx((2.0 - IDLE_S) / LOOK_EVERY_S, abs=1)
 
 
-def test_what_was_not_worth_it_is_weighed_again_with_more_workers_or_later(monkeypatch):
+def test_what_was_not_worth_it_is_weighed_again_with_more_workers_later_or_at_another_pace(monkeypatch):
     scene, offers = Scene(), []
     monkeypatch.setattr(scene.elastic, "_newcomers", lambda _c, _r, seats, _n: offers.append(seats) or ())
-    scene.settled(1.0, spare=1)
-    for tick in range(20):
+
+    def looks(at_s: float, spare: int) -> list[int]:
         scene.cluster.room_changes += 1
-        scene.decide(2.0 + tick / 10, spare=1 + tick % 2)
-    assert offers == [2], "with as few it is not worth more"
-    assert scene.elastic.next_deadline_s() is not None
-    scene.cluster.room_changes += 1
-    scene.decide(4.0)
-    scene.decide(4.1)
-    assert offers == [2, 3]
-    scene.decide(4.1 + TRY_AGAIN_S)
-    assert offers == [2, 3, 3]
+        scene.settled(at_s, spare)
+        return offers
+
+    assert looks(1.0, spare=1) == [2]
+    assert looks(2.0, spare=1) == [2], "with as many"
+    assert looks(3.0, spare=2) == [2], "with fewer"
+    assert looks(4.0, spare=0) == [2, 3], "with more"
+    assert looks(5.0, spare=0) == [2, 3]
+    scene.elastic.long_changed(scene.request)
+    assert looks(6.0, spare=0) == [2, 3, 3], "it stood meanwhile, and said how far it is"
+    assert looks(7.0 + TRY_AGAIN_S, spare=0) == [2, 3, 3, 3], "later"
 
 
 @pytest.mark.parametrize(("spare", "taken"), [(0, 3), (1, 2), (2, 1), (3, 0)])
