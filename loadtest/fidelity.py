@@ -38,7 +38,7 @@ import msgspec
 
 from common.messages.base import Record
 from common.messages.requests import LengthClass
-from common.policy.cluster import SchedulerConfig
+from common.policy.scheduler_config import SchedulerConfig
 from common.runtime.cores import usable_cores
 from common.settings import DecodeWorkerSettings, PrefillWorkerSettings, ServeSettings, WorkerSettings
 from common.settings_loader import load

@@ -14,8 +14,9 @@ from statistics import median
 
 from common.messages.base import Record
 from common.messages.cluster import StepCost, WorkerProfile
-from common.policy.cluster import SchedulerConfig
-from common.policy.cost_model import Link, StepCostModel
+from common.policy.cost_model import StepCostModel
+from common.policy.processors import Link
+from common.policy.scheduler_config import SchedulerConfig
 from common.settings import DecodeWorkerSettings, PrefillWorkerSettings
 from loadtest.runner import MeasurementFailed
 from loadtest.simulator.cores import NICE_FACTOR, Cores

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from common.policy.cost_model import FLOPS_PER_MAC, Coefficients, CostModel, Link
+from common.policy.cost_model import FLOPS_PER_MAC, CostModel
+from common.policy.processors import Coefficients, Link
 from loadtest import gpu_profiles, report
 from loadtest.gpu_profiles import CollectiveTable, LinearTable, Operation, Profiles, ProfilesError
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from common import compiled
 from loadtest import report
 from loadtest.paper_report.variants import PaperError
 from loadtest.simulator.scenario import PRESETS, Scenario, check_scenario, check_workload
@@ -62,7 +63,13 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
                 by_gpus[str(gpus)] = measure(scenario, workload, flags.seed)
                 bars.say(f"{gpus} GPUs: {by_gpus[str(gpus)]['wall_s']:.1f} s")
                 step()
-    return {"by_gpus": by_gpus, "model": flags.model, "seed": flags.seed, "requests": len(workload.arrivals)}
+    return {
+        "by_gpus": by_gpus,
+        "model": flags.model,
+        "seed": flags.seed,
+        "requests": len(workload.arrivals),
+        "core": compiled.state(),
+    }
 
 
 def scenario_of(model: str, gpus: int) -> Scenario:
@@ -108,6 +115,7 @@ def show(figures: Mapping[str, Any]) -> None:
     growth = ratio(sizes[-1]["decision_s"]["p99"], sizes[0]["decision_s"]["p99"])
     ends = f"{next(iter(by_gpus))} to {list(by_gpus)[-1]} GPUs"
     notes = [
+        f"the scheduler's core: {figures['core']}",
         report.target(f"p99 of a decision, growth from {ends}", growth, GROWTH_MAX, report.times),
         *(
             report.target(

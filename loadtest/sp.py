@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from common.messages.cluster import WorkerProfile
 from common.messages.groups import RING, GroupScheme, Stage
-from common.policy.cluster import SchedulerConfig
 from common.policy.live_planner import GroupPlan, Rank, plan_group
+from common.policy.scheduler_config import SchedulerConfig
 from common.settings import DtypeName, PrefillWorkerSettings
 from common.units import WorkerId
 from loadtest import report

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from common.errors import PecSchedError
-from common.policy.cost_model import Coefficients, Link
+from common.policy.processors import Coefficients, Link
 
 SUFFIX = ".json"
 

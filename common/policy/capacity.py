@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from common.messages.requests import RequestSpec
-from common.policy.cluster import Cluster, SchedulerConfig
+from common.policy.cluster import Cluster
 from common.policy.costs import decode_slot_tokens
+from common.policy.scheduler_config import SchedulerConfig
 
 
 def beyond_capacity(cluster: Cluster, config: SchedulerConfig, spec: RequestSpec, *, is_long: bool) -> str | None:

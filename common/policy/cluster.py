@@ -13,9 +13,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-import msgspec
-
-from common.messages.base import Record
 from common.messages.cluster import WorkerProfile, WorkerRole
 from common.messages.groups import RING, GroupScheme
 from common.messages.requests import LengthClass, RequestSpec
@@ -29,37 +26,8 @@ from common.units import Attempt, RequestId, WorkerId
 HoldKey = tuple[RequestId, Attempt]
 
 
-class SchedulerConfig(Record, frozen=True, kw_only=True):
-    """What an operator may set; `common.settings.SchedulerSettings` describes each."""
-
-    policy: str = "pecsched"
-    threshold_tokens: int = 2_048
-    queue_max: int = 10_000
-    attempts_max: int = 4
-    no_worker_s: float = 8.0
-    lease_s: float = 4.0
-    heartbeat_s: float = 1.0
-    pause_max_s: float = 10.0
-    pause_share_max: float = 0.9
-    pause_immunity_s: float = 0.1
-    pause_remaining_min_s: float = 0.1
-    wait_instead_of_pause_s: float = 0.05
-    colocated_tokens_max: int = 192
-    batch_tokens_max: int = 1_024
-    preemption: bool = True
-    disaggregation: bool = True
-    colocation: bool = True
-    long_order: str = "remaining"
-    long_aging: float = 0.5
-    group_max: int = 1
-    internode_bytes_s: float = 0.0
-    shorts_spare: float = 2.5
-    elastic: bool = True
-    reserved_long_tokens: int = 500_000
-    spill: str = "memory"
-
-
-class Request(msgspec.Struct, eq=False):
+@dataclass(slots=True, eq=False)
+class Request:
     """An accepted request that has not ended."""
 
     spec: RequestSpec
@@ -84,17 +52,17 @@ class Request(msgspec.Struct, eq=False):
     growth_since_s: float = 0.0
     pauses: PauseAccount | None = None
     """Of a long, from the forming of its group."""
-    phases: list[tuple[str, float]] = []
+    phases: list[tuple[str, float]] = field(default_factory=list)
     """States it came to, and when; see `RequestLife`."""
     first_step_s: float | None = None
     """Of a short: when its prefill worker began to compute it."""
     # What follows from the above, kept because every decision asks for it many times:
-    request_id: RequestId = RequestId("")
-    key: HoldKey = (RequestId(""), 0)
-    is_long: bool = False
-    tokens: int = 0
+    request_id: RequestId = field(init=False)
+    key: HoldKey = field(init=False)
+    is_long: bool = field(init=False)
+    tokens: int = field(init=False)
     """Its length in every queue."""
-    slot_tokens: int = 0
+    slot_tokens: int = field(init=False)
     """What a decode worker sets aside for it, as a short."""
 
     def __post_init__(self) -> None:
@@ -119,7 +87,8 @@ class Request(msgspec.Struct, eq=False):
         return (self.prefill_worker, self.decode_worker)
 
 
-class Reservation(msgspec.Struct, eq=False):
+@dataclass(slots=True, eq=False)
+class Reservation:
     """KV set aside on a worker for one attempt of a request."""
 
     tokens: int

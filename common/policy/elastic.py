@@ -23,11 +23,12 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
 
-from common.policy.cluster import Cluster, Request, SchedulerConfig
+from common.policy.cluster import Cluster, Request
 from common.policy.decisions import GrowLong
 from common.policy.lifecycle import RequestState
 from common.policy.long_planner import Layout, LongPlanner
 from common.policy.placement import kv_share, layout_of
+from common.policy.scheduler_config import SchedulerConfig
 from common.units import RequestId, WorkerId
 
 EFFICIENCY_MIN = 0.5

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from common.policy.cluster import Cluster, Request, SchedulerConfig
+from common.policy.cluster import Cluster, Request
 from common.policy.decisions import Decision
 from common.policy.lines import Lines
 from common.policy.long_planner import LongPlanner
+from common.policy.scheduler_config import SchedulerConfig
 from common.policy.unpaused import UnpausedPolicy
 from common.units import WorkerId
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from common.policy.cluster import Cluster, Decoder, HoldKey, Replica, Request, SchedulerConfig
+from common.policy.cluster import Cluster, Decoder, HoldKey, Replica, Request
 from common.policy.core import require
 from common.policy.decisions import SchedulingPolicy
 from common.policy.lifecycle import IN_GROUP, PREFILLING_LONG, STANDING_LONG, RequestState
+from common.policy.scheduler_config import SchedulerConfig
 from common.policy.sp_shares import kv_of_rank
 from common.units import RequestId, RouterId
 

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.policy.cluster import Cluster, SchedulerConfig
+from common.policy.cluster import Cluster
+from common.policy.scheduler_config import SchedulerConfig
 from common.policy.timers import Timers
 from common.units import CoordinatorId, RouterId, WorkerId
 

@@ -27,7 +27,7 @@ from common.messages.sp import (
     ResumeGroup,
     SpillGroup,
 )
-from common.policy.cluster import Cluster, Decoder, HoldKey, Replica, Request, SchedulerConfig
+from common.policy.cluster import Cluster, Decoder, HoldKey, Replica, Request
 from common.policy.core import require
 from common.policy.decisions import SchedulingPolicy
 from common.policy.fifo import FifoPolicy
@@ -44,6 +44,7 @@ from common.policy.long_planner import LongPlanner
 from common.policy.pecsched import PecSchedPolicy
 from common.policy.priority import PriorityPolicy
 from common.policy.reservation import ReservationPolicy
+from common.policy.scheduler_config import SchedulerConfig
 from common.policy.scheduler_io import PHASES_MAX, ForgetRequest, RequestLife, SaveRequest, SchedulerCommand
 from common.policy.story import StoryLog
 from common.policy.timers import Timers

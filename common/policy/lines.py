@@ -34,13 +34,14 @@ from itertools import islice
 
 from sortedcontainers import SortedDict
 
-from common.policy.cluster import Cluster, Replica, Request, SchedulerConfig
+from common.policy.cluster import Cluster, Replica, Request
 from common.policy.decisions import Decision, PlaceLong, PlaceShort
 from common.policy.load_index import CANDIDATES_MAX
 from common.policy.long_planner import LongPlanner
 from common.policy.placement import kv_share, layout_of
 from common.policy.queues import RequestQueue
 from common.policy.replica_pool import ReplicaPool, Spread
+from common.policy.scheduler_config import SchedulerConfig
 from common.policy.unpaused import could_hold, decode_home, decodes_nowhere, has_batch_room, kv_of_short
 from common.units import RequestId, WorkerId
 

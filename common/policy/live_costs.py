@@ -21,8 +21,8 @@ from typing import NamedTuple
 from common.messages.cluster import ExchangeCost, LayerShape, WorkerProfile
 from common.messages.groups import RING, GroupScheme
 from common.policy import costs
-from common.policy.cost_model import Link
 from common.policy.model_shapes import ModelShape
+from common.policy.processors import Link
 from common.policy.sequence_costs import MERGE_BYTES
 from common.policy.sequence_plan import choices_of
 

@@ -16,10 +16,11 @@ import msgspec
 from common.messages.base import Record
 from common.messages.cluster import WorkerProfile
 from common.messages.groups import GroupScheme
-from common.policy.cluster import Cluster, SchedulerConfig
+from common.policy.cluster import Cluster
 from common.policy.costs import pass_s
 from common.policy.live_costs import CHUNK_TOKENS, scheme_times
 from common.policy.long_planner import Layout
+from common.policy.scheduler_config import SchedulerConfig
 from common.policy.sequence_plan import EFFICIENCY_MIN, layout_of
 from common.policy.sp_shares import kv_of_rank
 from common.units import Seconds, Tokens

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from common.policy.cluster import Cluster, Request, SchedulerConfig
+from common.policy.cluster import Cluster, Request
 from common.policy.costs import shorts_s
 from common.policy.decisions import Decision, PauseLong, PlaceLong, PlaceShort, RestoreLong, ResumeLong
 from common.policy.elastic import Elastic
@@ -31,6 +31,7 @@ from common.policy.lifecycle import RequestState
 from common.policy.long_planner import LongPlanner
 from common.policy.placement import NoPlace, bounds_of, decoder_for, group_for_long, kv_share, place_short
 from common.policy.queues import RequestQueue, by_arrival
+from common.policy.scheduler_config import SchedulerConfig
 from common.policy.spill import comes_back_in_s, room_by_spilling, spills
 from common.policy.timers import Timers
 from common.units import RequestId, WorkerId

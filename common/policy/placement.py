@@ -21,13 +21,14 @@ from typing import Literal
 
 import msgspec
 
-from common.policy.cluster import Cluster, Decoder, Replica, Request, SchedulerConfig
+from common.policy.cluster import Cluster, Decoder, Replica, Request
 from common.policy.colocation import has_room
 from common.policy.costs import shorts_s
 from common.policy.lifecycle import RequestState
 from common.policy.load_index import NodeIndex
 from common.policy.long_planner import Layout, LongPlanner
 from common.policy.preemption import PauseBounds
+from common.policy.scheduler_config import SchedulerConfig
 from common.units import WorkerId
 
 GROUPS_MAX = 8

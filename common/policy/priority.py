@@ -11,13 +11,14 @@ A decision costs O(log n) in replicas and in queued requests, times the degree f
 
 from __future__ import annotations
 
-from common.policy.cluster import Cluster, Replica, Request, SchedulerConfig
+from common.policy.cluster import Cluster, Replica, Request
 from common.policy.decisions import Decision, PlaceLong, PlaceShort
 from common.policy.lines import spread_in
 from common.policy.load_index import CANDIDATES_MAX
 from common.policy.long_planner import LongPlanner
 from common.policy.placement import kv_share
 from common.policy.replica_pool import ReplicaPool, Spread
+from common.policy.scheduler_config import SchedulerConfig
 from common.policy.unpaused import UnpausedPolicy, could_hold, decode_home, decodes_nowhere, has_batch_room, kv_of_short
 from common.units import RequestId, WorkerId
 

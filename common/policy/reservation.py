@@ -16,11 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from common.policy.cluster import Cluster, Request, SchedulerConfig
+from common.policy.cluster import Cluster, Request
 from common.policy.decisions import Decision
 from common.policy.lines import Lines
 from common.policy.long_planner import LongPlanner
 from common.policy.replica_pool import ReplicaPool
+from common.policy.scheduler_config import SchedulerConfig
 from common.policy.unpaused import UnpausedPolicy
 from common.units import WorkerId
 

@@ -50,7 +50,7 @@ from common.messages.sp import (
 )
 from common.messages.views import ClusterView
 from common.policy.capacity import beyond_capacity
-from common.policy.cluster import Cluster, Decoder, Replica, Request, SchedulerConfig
+from common.policy.cluster import Cluster, Decoder, Replica, Request
 from common.policy.core import TimePassed
 from common.policy.decisions import (
     Decision,
@@ -70,6 +70,7 @@ from common.policy.long_planner import LongPlanner
 from common.policy.membership import Membership
 from common.policy.placement import bounds_of, in_rank_order, kv_share, layout_of
 from common.policy.preemption import PauseAccount
+from common.policy.scheduler_config import SchedulerConfig
 from common.policy.scheduler_io import SchedulerCommand, SchedulerEvent
 from common.policy.spill_orders import SpillOrders
 from common.policy.view import describe

@@ -47,9 +47,9 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple, Protocol
 
-from common.policy.cost_model import Link
 from common.policy.long_planner import Layout
 from common.policy.model_shapes import HeadSplit, ModelShape, PlanRefused, split_heads
+from common.policy.processors import Link
 
 __all__ = ["HeadSplit", "PlanRefused", "split_heads"]
 

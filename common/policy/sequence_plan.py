@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
-from common.messages.base import Record
 from common.policy.cost_model import CostModel
 from common.policy.long_planner import Layout
+from common.policy.planned import SequencePlan
 from common.policy.sequence_costs import (
     PlanRefused,
     Ring,
@@ -25,7 +25,6 @@ from common.policy.sequence_costs import (
     elementwise_stage,
     mlp_stage,
 )
-from common.units import Seconds, Tokens
 
 __all__ = ["Layout", "PlanRefused", "SequencePlan", "SpPlanner", "decode_step_s", "layout_of", "plan_prefill"]
 
@@ -45,27 +44,6 @@ ROUNDED_BITS = 7
 """Token counts are rounded up to so many leading bits: by at most 1.6 %."""
 DEGREE_BITS = 6
 """And for the search of a degree, which takes a millisecond, to so many: by at most 3.2 %."""
-
-
-class SequencePlan(Record, frozen=True, kw_only=True):
-    """How one long is prefilled."""
-
-    tokens: Tokens
-    layout: Layout
-    attention: Scheme
-    mlp: Scheme
-    ring: Ring
-    """Order of the tokens round the ring."""
-    estimates: tuple[tuple[str, Seconds], ...]
-    """Prefill by each combination that is possible, as "attention/MLP"; of a plain ring one."""
-    refused: tuple[tuple[str, str], ...] = ()
-    """Combinations that are not, and why."""
-    prefill_s: Seconds
-    """Undisturbed, from its first kernel to its first token."""
-    step_s: Seconds
-    """The longest piece between two points where it can pause."""
-    why: str
-    """One sentence."""
 
 
 class Choice(NamedTuple):

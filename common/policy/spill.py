@@ -22,12 +22,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from common.policy.cluster import Cluster, Replica, Request, SchedulerConfig
+from common.policy.cluster import Cluster, Replica, Request
 from common.policy.costs import shorts_s
 from common.policy.decisions import PauseLong, SpillLong
 from common.policy.lifecycle import RequestState
 from common.policy.placement import GROUPS_MAX, PER_GROUP, NoPlace
 from common.policy.preemption import PauseAccount, PauseBounds
+from common.policy.scheduler_config import SchedulerConfig
 from common.units import RequestId
 
 MAKES_ROOM_SOON = frozenset({RequestState.PAUSING, RequestState.SPILLING})

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from common.policy.cluster import Cluster, Replica, Request, SchedulerConfig
+from common.policy.cluster import Cluster, Replica, Request
 from common.policy.placement import decoder_for
 from common.policy.queues import RequestQueue
+from common.policy.scheduler_config import SchedulerConfig
 from common.units import WorkerId
 
 

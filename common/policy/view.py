@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 
 from common.messages.views import ClusterView, RequestView, StrangerView, WorkerView
-from common.policy.cluster import Cluster, Decoder, Replica, Request, SchedulerConfig
+from common.policy.cluster import Cluster, Decoder, Replica, Request
 from common.policy.decisions import SchedulingPolicy
 from common.policy.lifecycle import RequestState
+from common.policy.scheduler_config import SchedulerConfig
 from common.units import RouterId
 
 REQUESTS_SHOWN_MAX = 1_000

@@ -17,9 +17,9 @@ import math
 from collections.abc import Sequence
 
 from common.messages.base import Record
-from common.policy.cluster import SchedulerConfig
 from common.policy.cost_model import CostModel
 from common.policy.costs import decode_slot_tokens
+from common.policy.scheduler_config import SchedulerConfig
 from loadtest.paper_report.variants import PaperError
 from loadtest.simulator.scenario import Scenario, cost_model, scheduler_config
 from loadtest.simulator.workload import Arrival, Workload

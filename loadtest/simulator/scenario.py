@@ -42,8 +42,9 @@ from msgspec import Meta
 from common import coefficients as coefficient_files
 from common.errors import PecSchedError
 from common.messages.base import Record
-from common.policy.cluster import SchedulerConfig
-from common.policy.cost_model import MODELS, Coefficients, CostModel
+from common.policy.cost_model import MODELS, CostModel
+from common.policy.processors import Coefficients
+from common.policy.scheduler_config import SchedulerConfig
 from loadtest.simulator.workload import LONG_PERCENTILE, LONG_TOKENS_HIGH, LONG_TOKENS_LOW, Workload
 
 PolicyName = Literal["pecsched", "fifo", "reservation", "priority"]

@@ -44,11 +44,11 @@ from common.messages.scheduling import (
     RequestSubmitted,
 )
 from common.messages.sp import DissolveGroup, FormGroup, GrowGroup, PauseGroup, ResumeGroup
-from common.policy.cluster import SchedulerConfig
 from common.policy.core import TimePassed
 from common.policy.cost_model import ReplicaCosts
 from common.policy.long_planner import LongPlanner
 from common.policy.scheduler import Scheduler
+from common.policy.scheduler_config import SchedulerConfig
 from common.policy.scheduler_io import EndBusRequest, ForgetRequest, SaveRequest, SchedulerEvent, WorkerKeptOut
 from common.policy.sequence_plan import SpPlanner
 from common.units import CoordinatorId, RequestId, RouterId, WorkerId

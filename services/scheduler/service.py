@@ -41,8 +41,8 @@ from common.messages.sp import (
 )
 from common.messages.views import ClusterView, DescribeCluster, QueryFailed, StoryTold, TellStory
 from common.metrics import Metrics
-from common.policy.cluster import SchedulerConfig
 from common.policy.scheduler import Scheduler
+from common.policy.scheduler_config import SchedulerConfig
 from common.policy.scheduler_io import (
     EndBusRequest,
     ForgetRequest,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from common.messages.cluster import StepCost
-from common.policy.cluster import SchedulerConfig
+from common.policy.scheduler_config import SchedulerConfig
 from loadtest.simulator.result import Outcome, SimResult
 from loadtest.simulator.workload import Arrival, Workload
 from loadtest.simulator.world import ClusterShape, World

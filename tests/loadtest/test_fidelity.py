@@ -9,7 +9,7 @@ import pytest
 
 from common.messages.cluster import StepCost, WorkerProfile, WorkerRole
 from common.messages.requests import LengthClass
-from common.policy.cluster import SchedulerConfig
+from common.policy.scheduler_config import SchedulerConfig
 from common.settings import DecodeWorkerSettings, PrefillWorkerSettings
 from common.units import WorkerId
 from loadtest import fidelity

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from common.policy.cluster import SchedulerConfig
 from common.policy.decode_pace import HOLD_S
+from common.policy.scheduler_config import SchedulerConfig
 from loadtest.simulator.cores import Cores
 from loadtest.simulator.result import Outcome
 from loadtest.simulator.timeline import Timeline

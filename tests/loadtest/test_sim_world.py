@@ -8,8 +8,9 @@ from heapq import heappop
 import pytest
 
 from common.messages.cluster import StepCost
-from common.policy.cluster import SchedulerConfig
-from common.policy.cost_model import Link, StepCostModel
+from common.policy.cost_model import StepCostModel
+from common.policy.processors import Link
+from common.policy.scheduler_config import SchedulerConfig
 from loadtest.simulator.costs import SoloCosts
 from loadtest.simulator.decode_batch import DecodeBatch
 from loadtest.simulator.errors import SimulationError

@@ -47,11 +47,11 @@ from common.messages.sp import (
     ResumeGroup,
     SpillGroup,
 )
-from common.policy.cluster import SchedulerConfig
 from common.policy.core import TimePassed, require
 from common.policy.lifecycle import IN_GROUP
 from common.policy.long_planner import Layout
 from common.policy.scheduler import Scheduler
+from common.policy.scheduler_config import SchedulerConfig
 from common.policy.scheduler_io import (
     EndBusRequest,
     ForgetRequest,

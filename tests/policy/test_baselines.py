@@ -9,12 +9,13 @@ from hypothesis.stateful import invariant, run_state_machine_as_test
 
 from common.messages.cluster import WorkerLeft
 from common.messages.sp import PauseGroup
-from common.policy.cluster import Request, SchedulerConfig
+from common.policy.cluster import Request
 from common.policy.fifo import FifoPolicy
 from common.policy.lifecycle import PREFILLING_LONG, RequestState
 from common.policy.lines import Lines
 from common.policy.priority import PriorityPolicy
 from common.policy.reservation import ReservationPolicy
+from common.policy.scheduler_config import SchedulerConfig
 from tests.policy.fake_world import World
 from tests.policy.test_scheduler_machine import FifoMachine, PriorityMachine, ReservationMachine, SchedulerMachine
 

@@ -12,7 +12,8 @@ from common import coefficients
 from common.coefficients import CoefficientsError
 from common.messages.cluster import StepCost
 from common.policy import costs
-from common.policy.cost_model import MODELS, Coefficients, CostModel, Link, ModelShape, StepCostModel
+from common.policy.cost_model import MODELS, CostModel, ModelShape, StepCostModel
+from common.policy.processors import Coefficients, Link
 
 A100 = coefficients.load("a100")
 H100 = coefficients.load("h100")

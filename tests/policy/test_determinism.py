@@ -11,8 +11,8 @@ import sys
 import msgpack
 import pytest
 
-from common.policy.cluster import SchedulerConfig
 from common.policy.ledger import POLICIES
+from common.policy.scheduler_config import SchedulerConfig
 from common.runtime.journal import plain
 from tests.policy.fake_world import World
 

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from common.messages.cluster import WorkerProfile
-from common.policy.cluster import Cluster, Request, SchedulerConfig
+from common.policy.cluster import Cluster, Request
 from common.policy.elastic import (
     EFFICIENCY_MIN,
     IDLE_S,
@@ -22,6 +22,7 @@ from common.policy.elastic import (
 from common.policy.lifecycle import RequestState
 from common.policy.long_planner import Layout
 from common.policy.preemption import PauseAccount
+from common.policy.scheduler_config import SchedulerConfig
 from common.policy.sp_shares import Mesh
 from common.units import RequestId, WorkerId
 from tests.policy.scenario import profile, spec
@@ -41,6 +42,23 @@ class EvenPlanner:
 
 
 PLANNER = EvenPlanner()
+
+
+class UselessPlanner(EvenPlanner):
+    """More ranks never pay. Remembers what it was asked about, in how many ranks of more."""
+
+    def __init__(self) -> None:
+        self.weighed: list[int] = []
+
+    def prefill_s(self, tokens: int, layout: Layout) -> float:
+        self.weighed.append(sum(layout) - 1)
+        return PLANNER.prefill_s(tokens, (1,))
+
+    def asked(self) -> int:
+        """The most newcomers weighed since it was last asked this; 0 if none were."""
+        most = max(self.weighed, default=0)
+        self.weighed.clear()
+        return most
 
 
 def test_the_parabola_is_that_of_the_times_and_inverts():
@@ -76,7 +94,9 @@ def test_the_gain_is_partial_and_falls_with_what_is_done():
 class Scene:
     """One long that prefills on `p0`, others that are idle."""
 
-    def __init__(self, idle: int = 3, *, tokens: int = 20_000, live: bool = False, leader: int = 0, **config):
+    def __init__(
+        self, idle: int = 3, *, tokens: int = 20_000, live: bool = False, leader: int = 0, planner=PLANNER, **config
+    ):
         self.cluster = Cluster()
         self.live = live
         for number in range(idle + 1):
@@ -89,7 +109,7 @@ class Scene:
         self.request.state = RequestState.RUNNING
         self.request.pauses = PauseAccount(started_s=0.0, estimate_s=PLANNER.prefill_s(tokens, (1,)))
         self.cluster.seat_long([self.cluster.replicas[member]], RequestId("L"))
-        self.elastic = Elastic(SchedulerConfig(**{"group_max": 8, **config}), PLANNER)
+        self.elastic = Elastic(SchedulerConfig(**{"group_max": 8, **config}), planner)
 
     def profile(self, number: int) -> WorkerProfile:
         found = profile(f"p{number}")
@@ -138,34 +158,34 @@ def test_nobody_is_weighed_in_the_event_from_which_it_follows():
     assert scene.decide(4.0 + SOON_S) == ("p1", "p2", "p3")
 
 
-def test_a_cluster_in_which_something_changes_all_the_time_is_looked_at_now_and_then(monkeypatch):
-    scene, looks = Scene(), []
-    monkeypatch.setattr(scene.elastic, "_newcomers", lambda *_: looks.append(now_s) or ())
+def test_a_cluster_in_which_something_changes_all_the_time_is_looked_at_now_and_then():
+    planner = UselessPlanner()
+    scene, looks = Scene(planner=planner), 0
     for tick in range(2_000):
-        now_s = 1.0 + tick / 1_000
-        scene.elastic._declined.clear()  # as if it were another group each time
+        scene.elastic.long_changed(scene.request)  # as if it were another group each time
         scene.cluster.room_changes += 1
-        scene.decide(now_s)
-    assert len(looks) == pytest.approx((2.0 - IDLE_S) / LOOK_EVERY_S, abs=1)
+        scene.decide(1.0 + tick / 1_000)
+        looks += planner.asked() > 0
+    assert looks == pytest.approx((2.0 - IDLE_S) / LOOK_EVERY_S, abs=1)
 
 
-def test_what_was_not_worth_it_is_weighed_again_with_more_workers_later_or_at_another_pace(monkeypatch):
-    scene, offers = Scene(), []
-    monkeypatch.setattr(scene.elastic, "_newcomers", lambda _c, _r, seats, _n: offers.append(seats) or ())
+def test_what_was_not_worth_it_is_weighed_again_with_more_workers_later_or_at_another_pace():
+    planner = UselessPlanner()
+    scene = Scene(planner=planner)
 
-    def looks(at_s: float, spare: int) -> list[int]:
+    def offered(at_s: float, spare: int) -> int:
         scene.cluster.room_changes += 1
         scene.settled(at_s, spare)
-        return offers
+        return planner.asked()
 
-    assert looks(1.0, spare=1) == [2]
-    assert looks(2.0, spare=1) == [2], "with as many"
-    assert looks(3.0, spare=2) == [2], "with fewer"
-    assert looks(4.0, spare=0) == [2, 3], "with more"
-    assert looks(5.0, spare=0) == [2, 3]
+    assert offered(1.0, spare=1) == 2
+    assert offered(2.0, spare=1) == 0, "with as many"
+    assert offered(3.0, spare=2) == 0, "with fewer"
+    assert offered(4.0, spare=0) == 3, "with more"
+    assert offered(5.0, spare=0) == 0
     scene.elastic.long_changed(scene.request)
-    assert looks(6.0, spare=0) == [2, 3, 3], "it stood meanwhile, and said how far it is"
-    assert looks(7.0 + TRY_AGAIN_S, spare=0) == [2, 3, 3, 3], "later"
+    assert offered(6.0, spare=0) == 3, "it stood meanwhile, and said how far it is"
+    assert offered(7.0 + TRY_AGAIN_S, spare=0) > 0, "later"
 
 
 @pytest.mark.parametrize(("spare", "taken"), [(0, 3), (1, 2), (2, 1), (3, 0)])

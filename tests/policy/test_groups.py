@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from common.policy.cluster import SchedulerConfig
 from common.policy.ledger import POLICIES
 from common.policy.lifecycle import RequestState
+from common.policy.scheduler_config import SchedulerConfig
 from common.policy.scheduler_io import ForgetRequest, SaveRequest, SchedulerCommand
 from tests.policy.fake_world import World
 

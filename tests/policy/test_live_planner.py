@@ -22,11 +22,12 @@ from common.messages.groups import RING, GroupScheme
 from common.messages.scheduling import RequestSubmitted
 from common.messages.sp import FormGroup
 from common.policy import costs
-from common.policy.cluster import Cluster, SchedulerConfig
+from common.policy.cluster import Cluster
 from common.policy.live_costs import WAITING, LiveModel, scheme_times
 from common.policy.live_planner import GroupPlan, MeasuredPlanner, Rank, plan_group
 from common.policy.model_shapes import HeadSplit, split_heads
 from common.policy.scheduler import Scheduler
+from common.policy.scheduler_config import SchedulerConfig
 from common.policy.sequence_plan import choices_of
 from common.policy.sp_shares import Mesh, head_shares, kv_of_rank
 from tests.policy.scenario import profile, spec

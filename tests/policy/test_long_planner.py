@@ -5,10 +5,11 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from common.policy.cluster import Cluster, SchedulerConfig
+from common.policy.cluster import Cluster
 from common.policy.live_costs import RANK_GAIN
 from common.policy.live_planner import MeasuredPlanner
 from common.policy.placement import in_rank_order, kv_share
+from common.policy.scheduler_config import SchedulerConfig
 from common.policy.sp_shares import reserved_tokens
 from tests.policy.scenario import profile
 

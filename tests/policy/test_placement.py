@@ -8,9 +8,9 @@ import pytest
 
 from common.messages.scheduling import RequestSubmitted
 from common.messages.sp import FormGroup, GroupFormed, GroupPaused, PauseGroup
-from common.policy.cluster import SchedulerConfig
 from common.policy.lifecycle import RequestState
 from common.policy.load_index import CANDIDATES_MAX, LoadIndex
+from common.policy.scheduler_config import SchedulerConfig
 from tests.policy.fake_world import World
 from tests.policy.scenario import spec
 

@@ -34,11 +34,11 @@ from common.messages.sp import (
     ResumeGroup,
     SpillGroup,
 )
-from common.policy.cluster import SchedulerConfig
 from common.policy.core import TimePassed
 from common.policy.costs import shorts_s
 from common.policy.pecsched import DRAIN_AFTER_S, TRY_AGAIN_S
 from common.policy.scheduler import Scheduler
+from common.policy.scheduler_config import SchedulerConfig
 from common.policy.scheduler_io import SchedulerCommand, SchedulerEvent
 from tests.policy.fake_world import EvenPlanner
 from tests.policy.scenario import COST, profile, spec

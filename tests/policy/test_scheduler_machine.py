@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from common.policy.cluster import SchedulerConfig
+from common.policy.scheduler_config import SchedulerConfig
 from tests.policy.fake_world import World
 
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.policy import sequence_plan
-from common.policy.cost_model import MODELS, Coefficients, CostModel, Link, ModelShape
+from common.policy.cost_model import MODELS, CostModel, ModelShape
+from common.policy.processors import Coefficients, Link
 from common.policy.sequence_costs import (
     HeadSplit,
     attention_stage,

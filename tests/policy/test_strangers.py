@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from common.messages.cluster import WorkerHeartbeat, WorkerLeft, WorkerProfile
-from common.policy.cluster import SchedulerConfig
 from common.policy.scheduler import Scheduler
+from common.policy.scheduler_config import SchedulerConfig
 from common.policy.scheduler_io import WorkerKeptOut
 from tests.policy.scenario import profile
 

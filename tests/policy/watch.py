@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from common.messages.scheduling import RequestFailed, RequestInterrupted, RequestRefused
 from common.messages.sp import GroupPaused, PauseGroup, ResumeGroup
-from common.policy.cluster import Request, SchedulerConfig
+from common.policy.cluster import Request
 from common.policy.core import require
 from common.policy.lifecycle import IN_GROUP, RequestState
 from common.policy.scheduler import Scheduler
+from common.policy.scheduler_config import SchedulerConfig
 from common.policy.scheduler_io import SchedulerCommand, SchedulerEvent
 
 Key = tuple[str, int]

@@ -5,8 +5,8 @@ from typing import get_args
 import pytest
 
 from common import settings as classes
-from common.policy.cluster import SchedulerConfig
 from common.policy.scheduler import Scheduler
+from common.policy.scheduler_config import SchedulerConfig
 from common.settings import (
     AskSettings,
     PolicyName,

@@ -1,0 +1,138 @@
+"""The scheduler's core as machine code, where there was a C compiler when PecSched was set up.
+
+`python -m common.compiled` (a step of `make setup` and of `make test`) compiles the modules below with mypyc: the same
+files, the same decisions (tests/policy/test_compiled.py), half the time. They are used only if they were made from
+exactly what now stands in the source: who changes a file runs that file, with nothing to remember. Without a compiler
+all runs from source.
+
+    python -m common.compiled             compile, if that has not been done
+    python -X from_source -m loadtest …   run from source this once
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.machinery
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+MODULES = (
+    "capacity",
+    "cluster",
+    "colocation",
+    "cost_model",
+    "costs",
+    "elastic",
+    "fifo",
+    "growing",
+    "leases",
+    "ledger",
+    "lifecycle",
+    "load_index",
+    "membership",
+    "pecsched",
+    "placement",
+    "preemption",
+    "priority",
+    "queues",
+    "reconcile",
+    "replica_pool",
+    "reservation",
+    "scheduler",
+    "sequence_costs",
+    "sequence_plan",
+    "spill",
+    "story",
+    "timers",
+    "transitions",
+    "unpaused",
+    "view",
+)
+"""Of common.policy: what runs in a scheduler's event. No module with a `Record`: mypyc forgets the bounds of fields.
+The workers' and the coordinator's cores cost their processes little; to compile them too takes four times as long."""
+
+LIBRARY = "pecsched_policy"
+TOO_LONG_S = 600.0
+_COMMON = Path(__file__).parent
+_FOLDER = _COMMON / "policy" / "_compiled"
+_MADE_FROM = "made_from.txt"
+
+
+def digest() -> str:
+    """Of all source that a compiled module was made from: its own, and that of which it took types and constants."""
+    found = hashlib.sha256(str(sysconfig.get_config_var("EXT_SUFFIX")).encode())
+    for folder in ("policy", "messages", "."):
+        for path in sorted((_COMMON / folder).glob("*.py")):
+            found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()
+
+
+def state(folder: Path = _FOLDER) -> str:
+    """In the words that reports use: "compiled", or "from source" and why."""
+    if "from_source" in sys._xoptions:
+        return "from source (-X from_source)"
+    try:
+        made_from = (folder / _MADE_FROM).read_text()
+    except OSError:
+        return "from source (not compiled: make setup does it where there is a C compiler)"
+    return "compiled" if made_from == digest() else "from source (changed since it was compiled: make setup)"
+
+
+def folders(folder: Path = _FOLDER) -> list[str]:
+    """Where to look for modules of common.policy before the source: the folder of the compiled ones, or nowhere."""
+    if state(folder) != "compiled":
+        return []
+    name = LIBRARY + "__mypyc"
+    path = folder / (name + str(sysconfig.get_config_var("EXT_SUFFIX")))
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert isinstance(spec.loader, importlib.machinery.ExtensionFileLoader)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return [str(folder)]
+
+
+def compile_policy(folder: Path = _FOLDER) -> str:
+    """The outcome, as one line. What cannot be compiled is not an error: it runs from source."""
+    if state(folder) == "compiled":
+        return "compiled before"
+    compiler = str(sysconfig.get_config_var("CC") or "cc").split()[0]
+    if shutil.which(compiler) is None:
+        return f"runs from source: no C compiler here ({compiler})"
+    if importlib.util.find_spec("mypyc") is None or importlib.util.find_spec("setuptools") is None:
+        return "runs from source: needs the packages mypy and setuptools (the extra dev) to be compiled"
+    wanted = digest()
+    with tempfile.TemporaryDirectory(prefix="pecsched-policy-") as scratch:
+        made = Path(scratch) / "made"
+        command = [sys.executable, "-m", "common.compile_policy", str(made), str(Path(scratch) / "c")]
+        try:
+            ran = subprocess.run(
+                command, cwd=_COMMON.parent, capture_output=True, text=True, timeout=TOO_LONG_S, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return f"runs from source: compiling took more than {TOO_LONG_S:.0f} s"
+        if ran.returncode != 0:
+            (_COMMON.parent / "build").mkdir(exist_ok=True)
+            log = _COMMON.parent / "build" / "compile_policy.log"
+            log.write_text(ran.stdout + ran.stderr)
+            return f"runs from source: compiling failed, see {log}"
+        compiled = made / "common" / "policy"
+        for library in made.glob(f"{LIBRARY}__mypyc*"):
+            library.rename(compiled / library.name)
+        (compiled / _MADE_FROM).write_text(wanted)
+        # A copy under another name first: what another process reads is whole, or not there.
+        arriving = folder.with_name(folder.name + ".arriving")
+        shutil.rmtree(arriving, ignore_errors=True)
+        shutil.copytree(compiled, arriving)
+        shutil.rmtree(folder, ignore_errors=True)
+        arriving.rename(folder)
+    return "compiled"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"== the scheduler's core: {compile_policy()}\n")
