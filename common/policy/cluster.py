@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from common.messages.cluster import WorkerProfile, WorkerRole
@@ -411,7 +411,7 @@ class Cluster:
                 replica.resident.add(key)
             self._reload(replica)
 
-    def seat_long(self, replicas: Iterable[Replica], request_id: RequestId) -> None:
+    def seat_long(self, replicas: Sequence[Replica], request_id: RequestId) -> None:
         """It takes the prefill places of these; of more than it had, when it grows."""
         group = self.groups.get(request_id)
         if group is None:
@@ -421,7 +421,15 @@ class Cluster:
             if replica.long is not None:
                 raise InvariantViolated(f"{replica.worker_id} already prefills {replica.long}, not {request_id}")
             replica.long = request_id
-            self._rehome(replica, group)
+            if replica.home is not None:
+                replica.home.discard(replica.worker_id)
+            replica.home = group
+            group.set(replica.worker_id, replica.queued_tokens)
+        taken = [replica.worker_id for replica in replicas]
+        self.seats.difference_update(taken)
+        self.vacant.discard_all(taken)
+        if request_id in self.standing:
+            self._stands(request_id)
 
     def unseat_long(self, request: Request, *, decodes: bool) -> None:
         """The long leaves the prefill place of its replicas, to decode there or for good."""

@@ -61,9 +61,12 @@ class Work(NamedTuple):
 
     @classmethod
     def of(cls, prefill_s: PrefillTimes, tokens: int, layout: Layout) -> Work:
-        whole_s, half_s = prefill_s(tokens, layout), prefill_s(max(1, tokens // 2), layout)
-        square = max(0.0, 2.0 * (whole_s - 2.0 * half_s)) / tokens**2
-        return cls(whole_s / tokens - square * tokens, square)
+        """Of prompts of about so many tokens, up to the next power of two: a planner keeps what it has estimated, and
+        prompts of all lengths ask for the same few estimates."""
+        whole = 1 << max(1, (tokens - 1).bit_length())
+        whole_s, half_s = prefill_s(whole, layout), prefill_s(whole // 2, layout)
+        square = max(0.0, 2.0 * (whole_s - 2.0 * half_s)) / whole**2
+        return cls(whole_s / whole - square * whole, square)
 
     def seconds(self, tokens: float) -> float:
         return (self.linear + self.square * tokens) * tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import Generic, TypeVar
@@ -115,19 +115,25 @@ class NodeIndex:
         self._of_size[len(workers)][node] = None
         return True
 
-    def discard(self, worker_id: WorkerId) -> bool:
-        """Whether it was here."""
-        node = self._node_of.pop(worker_id, None)
-        if node is None:
-            return False
-        workers = self._workers[node]
-        del self._of_size[len(workers)][node]
-        del workers[worker_id]
-        if workers:
-            self._of_size[len(workers)][node] = None
-        else:
-            del self._workers[node]
-        return True
+    def discard(self, worker_id: WorkerId) -> None:
+        self.discard_all((worker_id,))
+
+    def discard_all(self, worker_ids: Iterable[WorkerId]) -> None:
+        """Those that are here. A node that loses many changes its place among the nodes once."""
+        by_node: dict[str, list[WorkerId]] = {}
+        for worker_id in worker_ids:
+            node = self._node_of.pop(worker_id, None)
+            if node is not None:
+                by_node.setdefault(node, []).append(worker_id)
+        for node, leaving in by_node.items():
+            workers = self._workers[node]
+            del self._of_size[len(workers)][node]
+            for worker_id in leaving:
+                del workers[worker_id]
+            if workers:
+                self._of_size[len(workers)][node] = None
+            else:
+                del self._workers[node]
 
     def best(self, count: int) -> str | None:
         """The node that has `count` workers and the fewest more."""

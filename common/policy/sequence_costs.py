@@ -45,6 +45,7 @@ take no arithmetic from the processors; the tokens of a group divide as evenly a
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal, NamedTuple, Protocol
 
 from common.policy.long_planner import Layout
@@ -286,27 +287,40 @@ def _replica_hop_s(model: SequenceModel, block: float, *, between_nodes: bool) -
 def _node_ring(model: SequenceModel, tokens: float, layout: Layout) -> StageTime:
     """Zigzag over the nodes, which hold tokens as they have replicas, heads split over each node's processors.
     Replicated KV heads travel as often as they are held. Raises: PlanRefused."""
-    alike = layout[0] == layout[-1]
-    times = [_node_of_ring(model, tokens, layout, place) for place in range(1 if alike else len(layout))]
+    nodes = {replicas: _Node.of(model, tokens, layout, replicas) for replicas in set(layout)}
+    alike = len(nodes) == 1
+    times = [nodes[layout[place]].in_ring(layout, place) for place in range(1 if alike else len(layout))]
     return StageTime(max(time.seconds for time in times), max(time.step_s for time in times))
 
 
-def _node_of_ring(model: SequenceModel, tokens: float, layout: Layout, place: int) -> StageTime:
-    """What the node at this place of the ring takes: its own block first, then its predecessors' as they arrive."""
-    degree = sum(layout)
-    own = layout[place]
-    split = _split(model, own * model.tp)
-    queries = tokens * own / degree
-    blocks = {replicas: tokens * replicas / degree for replicas in set(layout)}
-    kernels = {replicas: _block(model, queries, block, split.heads_max) for replicas, block in blocks.items()}
-    transfers = {replicas: _node_hop_s(model, block, split) for replicas, block in blocks.items()}
-    arriving = [layout[place - hop] for hop in range(1, len(layout))]
-    computed = [_block(model, queries, queries, split.heads_max, merged=False)]
-    computed += [kernels[replicas] for replicas in arriving]
-    steps_s = sum(
-        max(kernel.seconds, transfers[replicas]) for kernel, replicas in zip(computed, arriving, strict=False)
-    )
-    return StageTime(steps_s + computed[-1].seconds, max(kernel.step_s for kernel in computed))
+class _Node(NamedTuple):
+    """A node with so many of the group's replicas: what it takes with its own block, and with another's, by the
+    replicas there (hence by its size)."""
+
+    own: StageTime
+    kernels: Mapping[int, StageTime]
+    transfers_s: Mapping[int, float]
+
+    @classmethod
+    def of(cls, model: SequenceModel, tokens: float, layout: Layout, replicas: int) -> _Node:
+        split = _split(model, replicas * model.tp)
+        blocks = {size: tokens * size / sum(layout) for size in set(layout)}
+        queries = blocks[replicas]
+        return cls(
+            _block(model, queries, queries, split.heads_max, merged=False),
+            {size: _block(model, queries, block, split.heads_max) for size, block in blocks.items()},
+            {size: _node_hop_s(model, block, split) for size, block in blocks.items()},
+        )
+
+    def in_ring(self, layout: Layout, place: int) -> StageTime:
+        """Its own block first, then its predecessors' as they arrive."""
+        arriving = [layout[place - hop] for hop in range(1, len(layout))]
+        computed = [self.own, *(self.kernels[replicas] for replicas in arriving)]
+        steps_s = sum(
+            max(kernel.seconds, self.transfers_s[replicas])
+            for kernel, replicas in zip(computed, arriving, strict=False)
+        )
+        return StageTime(steps_s + computed[-1].seconds, max(kernel.step_s for kernel in computed))
 
 
 def _node_hop_s(model: SequenceModel, block: float, split: HeadSplit) -> float:

@@ -42,8 +42,8 @@ CACHE_MAX = 1 << 16
 """Estimates a planner keeps; when there are more, it starts over."""
 ROUNDED_BITS = 7
 """Token counts are rounded up to so many leading bits: by at most 1.6 %."""
-DEGREE_BITS = 6
-"""And for the search of a degree, which takes a millisecond, to so many: by at most 3.2 %."""
+DEGREE_BITS = 5
+"""And for the search of a degree, which takes a millisecond, to so many: by at most 6.3 %."""
 
 
 class Choice(NamedTuple):
