@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from common.policy.cluster import Cluster, Request
@@ -159,7 +158,7 @@ class Elastic:
 
     def _newcomers(self, cluster: Cluster, request: Request, seats: int, now_s: float) -> tuple[WorkerId, ...]:
         most = min(seats, self._config.group_max - len(request.members))
-        offered = list(_offered(cluster, request, most)) if most > 0 else []
+        offered = _offered(cluster, request, most) if most > 0 else []
         return tuple(offered[: self._best(cluster, request, offered, now_s)])
 
     def _best(self, cluster: Cluster, request: Request, offered: Sequence[WorkerId], now_s: float) -> int:
@@ -185,27 +184,29 @@ class Elastic:
         return 0
 
 
-def _offered(cluster: Cluster, request: Request, most: int) -> Iterator[WorkerId]:
+def _offered(cluster: Cluster, request: Request, most: int) -> list[WorkerId]:
     """Vacant replicas, those on the nodes of its members first. Of live ones, only such as stand behind rank 0 in the
     one order in which groups name their members (`in_rank_order`): it stays rank 0."""
-    first = cluster.replicas[request.members[0]].profile
-    homes = Counter(cluster.replicas[member].profile.node for member in request.members)
-    nodes = chain((node for node, _ in homes.most_common()), (n for _, n in cluster.vacant.largest() if n not in homes))
-    found = 0
+    replicas, key = cluster.replicas, request.key
+    first = replicas[request.members[0]].profile
+    first_address, first_place = first.group_address, (first.node, first.worker_id)
+    homes = Counter(replicas[member].profile.node for member in request.members)
+    nodes = [node for node, _ in homes.most_common()]
+    nodes += [node for _, node in cluster.vacant.largest() if node not in homes]
+    found: list[WorkerId] = []
     for node in nodes:
         for worker_id in cluster.vacant.of(node, len(cluster.vacant)):
-            profile = cluster.replicas[worker_id].profile
-            live = bool(first.group_address and profile.group_address)
-            if live != bool(first.group_address or profile.group_address):
+            replica = replicas[worker_id]
+            address = replica.profile.group_address
+            behind = (replica.profile.node, worker_id) > first_place
+            if (first_address or address) and not (first_address and address and behind):
                 continue
-            if live and (profile.node, profile.worker_id) < (first.node, first.worker_id):
-                continue
-            if request.key in cluster.replicas[worker_id].held:
+            if key in replica.held:
                 continue  # of an earlier try: it has not said yet that it is free
-            yield worker_id
-            found += 1
-            if found == most:
-                return
+            found.append(worker_id)
+            if len(found) == most:
+                return found
+    return found
 
 
 def _lacks_room(cluster: Cluster, request: Request, newcomers: Sequence[WorkerId]) -> bool:
