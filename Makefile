@@ -36,7 +36,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 # The scheduler's core, by mypyc, where there is a C compiler; else it runs from source (common/compiled.py).
-$(COMPILED): $(STAMP) $(wildcard common/policy/*.py common/messages/*.py common/*.py)
+$(COMPILED): $(STAMP) $(wildcard common/policy/*.py common/messages/*.py common/units.py common/compile*.py)
+	@echo "== compiling the scheduler's core (the first time, and when it changed: a minute)"
 	@$(BIN)/python -m common.compiled
 	@touch $@
 

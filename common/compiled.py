@@ -64,11 +64,11 @@ _MADE_FROM = "made_from.txt"
 
 
 def digest() -> str:
-    """Of all source that a compiled module was made from: its own, and that of which it took types and constants."""
+    """Of all source that a compiled module was made from: its own, what it takes types and constants from, and this."""
     found = hashlib.sha256(str(sysconfig.get_config_var("EXT_SUFFIX")).encode())
-    for folder in ("policy", "messages", "."):
-        for path in sorted((_COMMON / folder).glob("*.py")):
-            found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    how = [_COMMON / name for name in ("units.py", "compiled.py", "compile_policy.py")]
+    for path in [*sorted((_COMMON / "policy").glob("*.py")), *sorted((_COMMON / "messages").glob("*.py")), *how]:
+        found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()
 
 

@@ -162,11 +162,16 @@ class SpPlanner:
             return 0
         if tokens < 2 * self._degree_max:  # so few may be too few to split
             return self._search(tokens, fewest, free_by_node)
-        about = _rounded(tokens, DEGREE_BITS)
-        key = (about, fewest, tuple(free_by_node))
+        about, enough, left = _rounded(tokens, DEGREE_BITS), list[int](), self._degree_max
+        for free in free_by_node:  # as far as a search can come: what is free beyond makes no other question of it
+            enough.append(min(free, left))
+            left -= enough[-1]
+            if not left:
+                break
+        key = (about, fewest, tuple(enough))
         degree = self._degrees.get(key)
         if degree is None:
-            degree = self._search(about, fewest, free_by_node)
+            degree = self._search(about, fewest, enough)
             _keep(self._degrees, key, degree)
         return degree
 
