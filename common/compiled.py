@@ -65,7 +65,7 @@ _MADE_FROM = "made_from.txt"
 
 def digest() -> str:
     """Of all source that a compiled module was made from: its own, what it takes types and constants from, and this."""
-    found = hashlib.sha256(str(sysconfig.get_config_var("EXT_SUFFIX")).encode())
+    found = hashlib.sha256(f"{sys.version} {sysconfig.get_platform()}".encode())
     how = [_COMMON / name for name in ("units.py", "compiled.py", "compile_policy.py")]
     for path in [*sorted((_COMMON / "policy").glob("*.py")), *sorted((_COMMON / "messages").glob("*.py")), *how]:
         found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -97,41 +97,58 @@ def folders(folder: Path = _FOLDER) -> list[str]:
     return [str(folder)]
 
 
+def cannot() -> str | None:
+    """Why nothing can be compiled here; None: it can."""
+    compiler = str(sysconfig.get_config_var("CC") or "cc").split()[0]
+    if shutil.which(compiler) is None:
+        return f"no C compiler here ({compiler})"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python's headers are not installed"
+    if importlib.util.find_spec("mypyc") is None or importlib.util.find_spec("setuptools") is None:
+        return "needs the packages mypy and setuptools (the extra dev)"
+    return None
+
+
 def compile_policy(folder: Path = _FOLDER) -> str:
     """The outcome, as one line. What cannot be compiled is not an error: it runs from source."""
     if state(folder) == "compiled":
         return "compiled before"
-    compiler = str(sysconfig.get_config_var("CC") or "cc").split()[0]
-    if shutil.which(compiler) is None:
-        return f"runs from source: no C compiler here ({compiler})"
-    if importlib.util.find_spec("mypyc") is None or importlib.util.find_spec("setuptools") is None:
-        return "runs from source: needs the packages mypy and setuptools (the extra dev) to be compiled"
-    wanted = digest()
-    with tempfile.TemporaryDirectory(prefix="pecsched-policy-") as scratch:
-        made = Path(scratch) / "made"
-        command = [sys.executable, "-m", "common.compile_policy", str(made), str(Path(scratch) / "c")]
+    reason = cannot()
+    if reason is None:
         try:
-            ran = subprocess.run(
-                command, cwd=_COMMON.parent, capture_output=True, text=True, timeout=TOO_LONG_S, check=False
-            )
-        except subprocess.TimeoutExpired:
-            return f"runs from source: compiling took more than {TOO_LONG_S:.0f} s"
-        if ran.returncode != 0:
-            (_COMMON.parent / "build").mkdir(exist_ok=True)
-            log = _COMMON.parent / "build" / "compile_policy.log"
-            log.write_text(ran.stdout + ran.stderr)
-            return f"runs from source: compiling failed, see {log}"
-        compiled = made / "common" / "policy"
-        for library in made.glob(f"{LIBRARY}__mypyc*"):
-            library.rename(compiled / library.name)
-        (compiled / _MADE_FROM).write_text(wanted)
-        # A copy under another name first: what another process reads is whole, or not there.
-        arriving = folder.with_name(folder.name + ".arriving")
-        shutil.rmtree(arriving, ignore_errors=True)
-        shutil.copytree(compiled, arriving)
-        shutil.rmtree(folder, ignore_errors=True)
-        arriving.rename(folder)
-    return "compiled"
+            with tempfile.TemporaryDirectory(prefix="pecsched-policy-") as scratch:
+                reason = _compile(folder, Path(scratch))
+        except OSError as error:
+            reason = str(error)
+    return "compiled" if reason is None else f"runs from source: {reason}"
+
+
+def _compile(folder: Path, scratch: Path) -> str | None:
+    """Why it failed; None: it did not. Raises: OSError: no room, or no right to write there."""
+    wanted, made = digest(), scratch / "made"
+    command = [sys.executable, "-m", "common.compile_policy", str(made), str(scratch / "c")]
+    try:
+        ran = subprocess.run(
+            command, cwd=_COMMON.parent, capture_output=True, text=True, timeout=TOO_LONG_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"compiling took more than {TOO_LONG_S:.0f} s"
+    if ran.returncode != 0:
+        log = _COMMON.parent / "build" / "compile_policy.log"
+        log.parent.mkdir(exist_ok=True)
+        log.write_text(ran.stdout + ran.stderr)
+        return f"compiling failed, see {log}"
+    compiled = made / "common" / "policy"
+    for library in made.glob(f"{LIBRARY}__mypyc*"):
+        library.rename(compiled / library.name)
+    (compiled / _MADE_FROM).write_text(wanted)
+    # A copy under another name first: what another process reads is whole, or not there.
+    arriving = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    shutil.copytree(compiled, arriving, dirs_exist_ok=True)
+    arriving.chmod(0o755)
+    shutil.rmtree(folder, ignore_errors=True)
+    arriving.rename(folder)
+    return None
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ of a GPU cluster, a model of its layouts (`sequence_plan.SpPlanner`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 Layout = tuple[int, ...]
@@ -23,3 +23,14 @@ class LongPlanner(Protocol):
     def prefill_s(self, tokens: int, layout: Layout) -> float:
         """Seconds its prefill takes undisturbed on a group of this layout."""
         ...
+
+
+def up_to(sizes: Iterable[int], most: int) -> list[int]:
+    """The first of these, as many as come to `most`; the last of them only as far as that."""
+    found: list[int] = []
+    for size in sizes:
+        if most <= 0:
+            break
+        found.append(min(size, most))
+        most -= found[-1]
+    return found

@@ -17,6 +17,7 @@ from sortedcontainers import SortedDict, SortedList
 
 from common.policy.cluster import Replica
 from common.policy.load_index import CANDIDATES_MAX
+from common.policy.long_planner import up_to
 from common.units import WorkerId
 
 Entry = tuple[int, bool, WorkerId]
@@ -123,20 +124,10 @@ class ReplicaPool:
         """Ask `degree(replicas per node, largest first; KV capacity of each)`, with at most `group_max` replicas in
         all. Where capacities differ: with all replicas by the smallest one, then with the larger ones alone."""
         for capacity in self._capacities:
-            answer = degree(self._sizes(capacity, group_max), capacity)
+            answer = degree(up_to(self._node_sizes(capacity), group_max), capacity)
             if answer > 0:
                 return Spread(answer, capacity)
         return Spread(0)
-
-    def _sizes(self, capacity: int, group_max: int) -> list[int]:
-        sizes: list[int] = []
-        left = group_max
-        for size in self._node_sizes(capacity):
-            if left <= 0:
-                break
-            sizes.append(min(size, left))
-            left -= sizes[-1]
-        return sizes
 
     def _node_sizes(self, capacity: int) -> Iterable[int]:
         if self._is_least(capacity):

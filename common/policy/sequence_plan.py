@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 from common.policy.cost_model import CostModel
-from common.policy.long_planner import Layout
+from common.policy.long_planner import Layout, up_to
 from common.policy.planned import SequencePlan
 from common.policy.sequence_costs import (
     PlanRefused,
@@ -162,12 +162,8 @@ class SpPlanner:
             return 0
         if tokens < 2 * self._degree_max:  # so few may be too few to split
             return self._search(tokens, fewest, free_by_node)
-        about, enough, left = _rounded(tokens, DEGREE_BITS), list[int](), self._degree_max
-        for free in free_by_node:  # as far as a search can come: what is free beyond makes no other question of it
-            enough.append(min(free, left))
-            left -= enough[-1]
-            if not left:
-                break
+        about = _rounded(tokens, DEGREE_BITS)
+        enough = up_to(free_by_node, self._degree_max)  # what is free beyond makes no other question of it
         key = (about, fewest, tuple(enough))
         degree = self._degrees.get(key)
         if degree is None:
