@@ -2,20 +2,22 @@
 
 Every size is simulated by itself, one after the other in this process, with the production scheduler core; what is
 measured is the real time of each of its decisions (`Scheduler.handle`), and per request their sum over its simulated
-completion time. The arrival rate grows with the cluster, and so do the decode replicas: every GPU has as much
+completion time. A machine is not equally fast in every minute, so the sizes take turns, and each figure is the median
+of its rounds. The arrival rate grows with the cluster, and so do the decode replicas: every GPU has as much
 to do at every size. The number of requests stays the same, so larger clusters are watched for a shorter time; the
 share of GPUs idle while requests come says how loaded they were. The workload is the synthetic one with the paper's
 longs; the model is the one with a replica per GPU, for which there is the most to choose from.
 
     python -m loadtest scale --json scale.json
-    python -m loadtest scale --gpus 32 8192 --requests 5000
+    python -m loadtest scale --gpus 32 8192 --requests 5000 --rounds 1
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -32,6 +34,7 @@ from loadtest.stats import percentile, percentiles, ratio
 
 GPUS = (32, 128, 512, 2048, 8192)
 REQUESTS = 20_000
+ROUNDS = 3
 DEFAULT_MODEL = "mistral-7b"
 SCHED_SHARE_MAX = 0.001
 GROWTH_MAX = 2.0
@@ -42,6 +45,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """See the module."""
     parser.add_argument("--gpus", nargs="+", type=int, default=list(GPUS), metavar="N", help=f"sizes [{_words(GPUS)}]")
     parser.add_argument("--requests", type=int, default=REQUESTS, metavar="N", help=f"of each size [{REQUESTS}]")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"runs of each size [{ROUNDS}]")
     parser.add_argument("--model", choices=tuple(PRESETS), default=DEFAULT_MODEL, help=f"[{DEFAULT_MODEL}]")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random [0]")
 
@@ -50,21 +54,25 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
     """The figures. Raises: PecSchedError: bad input, before anything runs; SimulationError."""
     if flags.requests < 1:
         raise PaperError(f"--requests {flags.requests}: must be 1 or more")
+    if flags.rounds < 1:
+        raise PaperError(f"--rounds {flags.rounds}: must be 1 or more")
     sizes = list(dict.fromkeys(sorted(flags.gpus)))
-    by_gpus: dict[str, Any] = {}
+    found: dict[str, list[dict[str, Any]]] = {str(gpus): [] for gpus in sizes}
     with report.progress() as bars:
         with bars.waiting("drawing"):
             scenarios = {gpus: scenario_of(flags.model, gpus) for gpus in sizes}
             workload = rewrite_longs(synthetic(flags.seed, flags.requests / TRACE_RPS), seed=flags.seed)
             for scenario in scenarios.values():
                 check_workload(scenario, workload)
-        with bars.counting("simulating, sizes", len(sizes)) as step:
-            for gpus, scenario in scenarios.items():
-                by_gpus[str(gpus)] = measure(scenario, workload, flags.seed)
-                bars.say(f"{gpus} GPUs: {by_gpus[str(gpus)]['wall_s']:.1f} s")
-                step()
+        with bars.counting("simulating, sizes", flags.rounds * len(sizes)) as step:
+            for _ in range(flags.rounds):
+                for gpus, scenario in scenarios.items():
+                    found[str(gpus)].append(measure(scenario, workload, flags.seed))
+                    bars.say(f"{gpus} GPUs: {found[str(gpus)][-1]['wall_s']:.1f} s")
+                    step()
     return {
-        "by_gpus": by_gpus,
+        "by_gpus": {gpus: middle(rounds) for gpus, rounds in found.items()},
+        "rounds": flags.rounds,
         "model": flags.model,
         "seed": flags.seed,
         "requests": len(workload.arrivals),
@@ -106,6 +114,20 @@ def measure(scenario: Scenario, workload: Workload, seed: int) -> dict[str, Any]
     }
 
 
+def middle(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of several measurements of one size, each figure's median. (What is simulated is the same in all.)"""
+    merged = {key: _median([found[key] for found in rounds]) for key in rounds[0]}
+    shares = merged["sched_over_jct_p99_of"].values()
+    merged["sched_over_jct_p99"] = max((share for share in shares if share is not None), default=None)
+    return merged
+
+
+def _median(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], Mapping):
+        return {key: _median([value[key] for value in values]) for key in values[0]}
+    return None if None in values else statistics.median(values)
+
+
 def show(figures: Mapping[str, Any]) -> None:
     """The table, and what was promised."""
     by_gpus = figures["by_gpus"]
@@ -124,7 +146,8 @@ def show(figures: Mapping[str, Any]) -> None:
             for gpus, found in by_gpus.items()
         ),
     ]
-    report.table(f"{figures['model']}, {figures['requests']} requests at each size", head, rows, notes)
+    title = f"{figures['model']}, {figures['requests']} requests at each size, medians of {figures['rounds']} rounds"
+    report.table(title, head, rows, notes)
 
 
 def _row(gpus: str, found: Mapping[str, Any]) -> tuple[str, ...]:

@@ -106,6 +106,7 @@ class Worker:
     profile: WorkerProfile
     heard_s: float
     worker_id: WorkerId = field(init=False)
+    node: str = field(init=False)
     kv_free: int = field(init=False)
     held: dict[HoldKey, Reservation] = field(default_factory=dict)
     kv_reserved: int = 0
@@ -115,6 +116,7 @@ class Worker:
 
     def __post_init__(self) -> None:
         self.worker_id = self.profile.worker_id
+        self.node = self.profile.node
         self.kv_free = self.profile.kv_capacity_tokens
 
 
@@ -135,6 +137,8 @@ class Replica(Worker):
     """What is reserved for longs: shorts never have that."""
     home: LoadIndex[WorkerId] | None = None
     """The one index of the cluster that has it."""
+    in_vacant: bool = False
+    """So has the cluster's index of vacant ones."""
 
     @property
     def has_shorts(self) -> bool:
@@ -180,10 +184,8 @@ class Cluster:
         self._serial = 0
         self.shunned: LoadIndex[WorkerId] = LoadIndex()
         """Replicas that get no new work, and prefill no long. (Those of a group leave it when it ends.)"""
-        self.seats: set[WorkerId] = set()
-        """Replicas whose prefill place is free, and not shunned."""
         self.vacant = NodeIndex()
-        """Those of them that have no shorts either, by node."""
+        """Those of the idle and the decoding ones that have no shorts either, by node."""
         self.room_changes = 0
         """Counts what may make room for a group: who found none need not look again before."""
         self.decoder_load: LoadIndex[WorkerId] = LoadIndex()
@@ -218,6 +220,11 @@ class Cluster:
         self._largest_nodes.clear()
         return worker
 
+    @property
+    def seats(self) -> int:
+        """Replicas whose prefill place is free, and not shunned."""
+        return len(self.idle) + len(self.decoding)
+
     def kv_max(self, role: WorkerRole) -> int:
         """The largest KV capacity among the workers of a role; 0: there is none."""
         found = self._kv_max.get(role)
@@ -237,14 +244,15 @@ class Cluster:
         """Forget a lost worker and all it held. Requests that ran there are the caller's to interrupt."""
         replica = self.replicas.pop(worker_id, None)
         if replica is not None:
-            self._per_node[replica.profile.node] -= 1
+            self._per_node[replica.node] -= 1
         self.decoders.pop(worker_id, None)
         if replica is not None and replica.home is not None:
             replica.home.discard(worker_id)
             if replica.long is not None:
                 self._close_group(replica.long)
-        for index in (self.seats, self.vacant, self.decoder_load):
-            index.discard(worker_id)
+            if replica.in_vacant:
+                self.vacant.discard(worker_id, replica.node)
+        self.decoder_load.discard(worker_id)
         self._kv_max.clear()
         self._largest_nodes.clear()
 
@@ -266,7 +274,6 @@ class Cluster:
         if replica.home is not None:
             replica.home.discard(worker_id)
         replica.home = home
-        (self.seats.add if home is self.idle or home is self.decoding else self.seats.discard)(worker_id)
         self._reload(replica)
 
     def _index_decoder(self, decoder: Decoder) -> None:
@@ -280,14 +287,17 @@ class Cluster:
         worker_id, long = replica.worker_id, replica.long
         assert replica.home is not None
         replica.home.set(worker_id, replica.queued_tokens)
-        if long is not None:
-            if long in self.standing:
-                self._stands(long)
-            self.vacant.discard(worker_id)
-        elif replica.queued_tokens or replica.resident or replica.shunned:
-            self.vacant.discard(worker_id)
+        if long is not None and long in self.standing:
+            self._stands(long)
+        vacant = long is None and not (replica.queued_tokens or replica.resident or replica.shunned)
+        if vacant is replica.in_vacant:
+            return
+        replica.in_vacant = vacant
+        if vacant:
+            self.vacant.add(worker_id, replica.node)
+            self.room_changes += 1
         else:
-            self.room_changes += self.vacant.add(worker_id, replica.profile.node)
+            self.vacant.discard(worker_id, replica.node)
 
     def _home_of(self, replica: Replica) -> LoadIndex[WorkerId]:
         if replica.long is not None:
@@ -340,16 +350,19 @@ class Cluster:
 
     # --- KV --------------------------------------------------------------------------------------
 
-    def reserve_long(self, replica: Replica, key: HoldKey, tokens: int, now_s: float) -> None:
-        """For a member of its group; or again, with other tokens: its KV was moved out, or comes back."""
-        reservation = replica.held.get(key)
-        if reservation is None:
-            reservation = replica.held[key] = Reservation(tokens=0, ordered_s=now_s)
-        more = tokens - reservation.tokens
-        reservation.tokens, reservation.ordered_s, reservation.of_long = tokens, now_s, True
-        replica.kv_reserved += more
-        replica.kv_free -= more
-        replica.kv_of_longs += more
+    def reserve_long(self, replicas: Sequence[Replica], key: HoldKey, shares: Sequence[int], now_s: float) -> None:
+        """For members of its group, of each its share; or again, with others: its KV was moved out, or comes back."""
+        for replica, tokens in zip(replicas, shares, strict=True):
+            reservation = replica.held.get(key)
+            if reservation is None:
+                replica.held[key] = Reservation(tokens, now_s, False, True)
+                more = tokens
+            else:
+                more = tokens - reservation.tokens
+                reservation.tokens, reservation.ordered_s = tokens, now_s
+            replica.kv_reserved += more
+            replica.kv_free -= more
+            replica.kv_of_longs += more
 
     def reserve(self, worker: Replica | Decoder, key: HoldKey, tokens: int, now_s: float) -> None:
         if key in worker.held:
@@ -379,10 +392,14 @@ class Cluster:
 
     def release_long(self, request: Request) -> None:
         """None of its replicas holds anything of this attempt any more."""
+        key = request.key
         for worker_id in request.workers:
             replica = self.replicas.get(worker_id)
-            if replica is not None:
-                self._unreserve(replica, request.key)
+            if replica is not None and key in replica.held:
+                tokens = replica.held.pop(key).tokens
+                replica.kv_reserved -= tokens
+                replica.kv_free += tokens
+                replica.kv_of_longs -= tokens
         self.room_changes += 1
 
     def _unreserve(self, worker: Replica | Decoder, key: HoldKey) -> bool:
@@ -417,17 +434,21 @@ class Cluster:
         if group is None:
             group = self.groups[request_id] = LoadIndex()
             self._runs(request_id)
+        loads: list[tuple[int, WorkerId]] = []
+        vacant: dict[str, list[WorkerId]] = {}
         for replica in replicas:
             if replica.long is not None:
                 raise InvariantViolated(f"{replica.worker_id} already prefills {replica.long}, not {request_id}")
-            replica.long = request_id
-            if replica.home is not None:
-                replica.home.discard(replica.worker_id)
-            replica.home = group
-            group.set(replica.worker_id, replica.queued_tokens)
-        taken = [replica.worker_id for replica in replicas]
-        self.seats.difference_update(taken)
-        self.vacant.discard_all(taken)
+            worker_id, home = replica.worker_id, replica.home
+            replica.long, replica.home = request_id, group
+            if home is not None:
+                home.discard(worker_id)
+            loads.append((replica.queued_tokens, worker_id))
+            if replica.in_vacant:
+                replica.in_vacant = False
+                _gather(vacant, replica)
+        group.set_all(loads)
+        self.vacant.discard_all(vacant)
         if request_id in self.standing:
             self._stands(request_id)
 
@@ -438,6 +459,11 @@ class Cluster:
     def unseat(self, request: Request, workers: tuple[WorkerId, ...], *, decodes: bool) -> None:
         """Of some of its replicas."""
         request_id = request.request_id
+        group = self.groups.get(request_id)
+        whole = group is not None and len(group) == len(workers)  # then its index goes as a whole, too
+        to_idle: list[tuple[int, WorkerId]] = []
+        to_decoding: list[tuple[int, WorkerId]] = []
+        vacant: dict[str, list[WorkerId]] = {}
         for worker_id in workers:
             replica = self.replicas.get(worker_id)
             if replica is None:
@@ -448,6 +474,36 @@ class Cluster:
                 replica.decoding.discard(request_id)
             if replica.long == request_id:
                 replica.long = None
-            if replica.long is None:  # else another one has its place: it is indexed by that
-                self._rehome(replica, self._home_of(replica))
-        self._close_group(request_id)
+            if replica.long is not None:
+                continue  # another one has its place: it is indexed by that
+            home, former = self._home_of(replica), replica.home
+            if home is former:
+                continue
+            if replica.shunned:
+                self._rehome(replica, home)
+                continue
+            replica.home = home
+            if former is not None and not (whole and former is group):
+                former.discard(worker_id)
+            (to_decoding if replica.decoding else to_idle).append((replica.queued_tokens, worker_id))
+            if not replica.in_vacant and replica.is_vacant:
+                replica.in_vacant = True
+                self.room_changes += 1
+                _gather(vacant, replica)
+        self.idle.set_all(to_idle)
+        self.decoding.set_all(to_decoding)
+        self.vacant.add_all(vacant)
+        if whole:
+            del self.groups[request_id]
+            self._runs_not(request_id)
+        else:
+            self._close_group(request_id)
+
+
+def _gather(by_node: dict[str, list[WorkerId]], replica: Replica) -> None:
+    node = replica.node
+    found = by_node.get(node)
+    if found is None:
+        by_node[node] = [replica.worker_id]
+    else:
+        found.append(replica.worker_id)

@@ -107,7 +107,7 @@ class Elastic:
 
     def decide(self, cluster: Cluster, spare: int, now_s: float) -> GrowLong | None:
         """When nobody waits."""
-        seats = min(len(cluster.vacant), len(cluster.seats) - spare)
+        seats = min(len(cluster.vacant), cluster.seats - spare)
         if seats < 1 or not cluster.running or not cluster.can_form_groups:
             self._idle_since_s = self._seen = self._look_s = None
             return None
@@ -157,7 +157,7 @@ class Elastic:
         return self._look_s
 
     def _newcomers(self, cluster: Cluster, request: Request, seats: int, now_s: float) -> tuple[WorkerId, ...]:
-        most = min(seats, self._config.group_max - len(request.members))
+        most = min(seats, min(self._config.group_max, self._planner.degree_max) - len(request.members))
         offered = _offered(cluster, request, most) if most > 0 else []
         return tuple(offered[: self._best(cluster, request, offered, now_s)])
 
@@ -190,7 +190,7 @@ def _offered(cluster: Cluster, request: Request, most: int) -> list[WorkerId]:
     replicas, key = cluster.replicas, request.key
     first = replicas[request.members[0]].profile
     first_address, first_place = first.group_address, (first.node, first.worker_id)
-    homes = Counter(replicas[member].profile.node for member in request.members)
+    homes = Counter([replicas[member].node for member in request.members])
     nodes = [node for node, _ in homes.most_common()]
     nodes += [node for _, node in cluster.vacant.largest() if node not in homes]
     found: list[WorkerId] = []
@@ -198,8 +198,9 @@ def _offered(cluster: Cluster, request: Request, most: int) -> list[WorkerId]:
         for worker_id in cluster.vacant.of(node, len(cluster.vacant)):
             replica = replicas[worker_id]
             address = replica.profile.group_address
-            behind = (replica.profile.node, worker_id) > first_place
-            if (first_address or address) and not (first_address and address and behind):
+            if (first_address or address) and not (
+                first_address and address and (replica.node, worker_id) > first_place
+            ):
                 continue
             if key in replica.held:
                 continue  # of an earlier try: it has not said yet that it is free

@@ -27,9 +27,9 @@ def grow(ledger: Ledger, decision: GrowLong) -> None:
     request.growth += 1
     request.growth_since_s = ledger.now_s
     share = kv_share(request.spec.kv_tokens, len(request.workers))
-    for worker_id in decision.newcomers:
-        cluster.reserve_long(cluster.replicas[worker_id], request.key, share, ledger.now_s)
-    cluster.seat_long([cluster.replicas[worker_id] for worker_id in decision.newcomers], request.request_id)
+    newcomers = [cluster.replicas[worker_id] for worker_id in decision.newcomers]
+    cluster.reserve_long(newcomers, request.key, (share,) * len(newcomers), ledger.now_s)
+    cluster.seat_long(newcomers, request.request_id)
     ledger.save(request)
     order(ledger, request)
 

@@ -193,12 +193,13 @@ def replicas_are_indexed_by_their_state(cluster: Cluster) -> None:
     for name, replica in cluster.replicas.items():
         found = [home for home, index in homes.items() if name in index]
         require(found == [_home_of(cluster, replica)], f"{name}: indexed as {found}, is {_home_of(cluster, replica)}")
-        require((name in cluster.seats) == _has_free_seat(replica), f"{name}: seat")
-        require((name in cluster.vacant) == (replica.is_vacant and not replica.shunned), f"{name}: vacancy")
+        node = cluster.vacant.of(replica.node, len(cluster.vacant))
+        require((name in node) == replica.in_vacant == (replica.is_vacant and not replica.shunned), f"{name}: vacancy")
     require(sum(map(len, homes.values())) == len(cluster.replicas), "a replica that is gone is indexed")
     free = sum(map(_has_free_seat, cluster.replicas.values()))
-    require(len(cluster.seats) == free, "a replica that is gone has a seat")
-    require(len(cluster.vacant) <= free, "a replica that is gone is vacant")
+    require(cluster.seats == free, "a replica that is gone has a seat")
+    vacant = sum(replica.in_vacant for replica in cluster.replicas.values())
+    require(len(cluster.vacant) == vacant, "a replica that is gone is vacant")
     served = {name for name, decoder in cluster.decoders.items() if not decoder.shunned}
     require(set(cluster.decoder_load.ids()) == served, "decoders that can be reached are indexed")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -82,13 +82,13 @@ class MeasuredPlanner:
 
     def __init__(self, cluster: Cluster, config: SchedulerConfig) -> None:
         self._cluster = cluster
-        self._group_max = config.group_max
+        self.degree_max: Final = config.group_max
         self._internode_bytes_s = config.internode_bytes_s or math.inf
 
     def degree(self, tokens: int, kv_tokens: int, free_by_node: Sequence[int], kv_free_tokens: int) -> int:
         """Enough replicas for the KV, then one more at a time, node by node, while that shortens the prefill and each
         of them does at least `EFFICIENCY_MIN` of what it would do alone for others. See `LongPlanner`."""
-        free = min(sum(free_by_node), self._group_max)
+        free = min(sum(free_by_node), self.degree_max)
         if free > 1 and not all(replica.profile.group_address for replica in self._cluster.replicas.values()):
             free = 1
         profile = self._profile()

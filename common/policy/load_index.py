@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import Generic, TypeVar
@@ -41,6 +41,18 @@ class LoadIndex(Generic[KeyT]):
         if len(heap) > 2 * len(self._load) + STALE_MAX:
             heap[:] = [(load, key) for key, load in self._load.items()]
             heapify(heap)
+
+    def set_all(self, entries: list[tuple[int, KeyT]]) -> None:
+        """Several at once, as (load, id)."""
+        loads, heap = self._load, self._heap
+        if len(entries) < len(heap):
+            for load, key in entries:
+                self.set(key, load)
+            return
+        for load, key in entries:
+            loads[key] = load
+        heap += entries
+        heapify(heap)
 
     def discard(self, key: KeyT) -> None:
         self._load.pop(key, None)
@@ -93,47 +105,55 @@ class LoadIndex(Generic[KeyT]):
 class NodeIndex:
     """Workers by node, nodes by how many workers they have here: where a group of k finds its place.
 
-    Add, discard: O(1). Best, largest: O(workers per node), whatever the number of nodes.
+    Add, discard: O(1). Best, largest: O(workers per node), whatever the number of nodes. Who is here is the caller's to
+    know: nobody is added twice, nobody discarded who is not here.
     """
 
     def __init__(self) -> None:
-        self._node_of: dict[WorkerId, str] = {}
         self._workers: dict[str, dict[WorkerId, None]] = {}
         self._of_size: list[dict[str, None]] = [{}]
         """Nodes by the number of their workers. (Dictionaries for their order: the same events, the same groups.)"""
+        self._count = 0
 
-    def add(self, worker_id: WorkerId, node: str) -> bool:
-        """Whether it was not here yet."""
-        if worker_id in self._node_of:
-            return False
-        self._node_of[worker_id] = node
-        workers = self._workers.setdefault(node, {})
-        self._of_size[len(workers)].pop(node, None)
-        workers[worker_id] = None
-        if len(self._of_size) == len(workers):
+    def add(self, worker_id: WorkerId, node: str) -> None:
+        self._add_to(node, [worker_id])
+
+    def add_all(self, by_node: dict[str, list[WorkerId]]) -> None:
+        """A node that gets many changes its place among the nodes once."""
+        for node, coming in by_node.items():
+            self._add_to(node, coming)
+
+    def _add_to(self, node: str, coming: list[WorkerId]) -> None:
+        workers = self._workers.get(node)
+        if workers is None:
+            workers = self._workers[node] = {}
+        else:
+            del self._of_size[len(workers)][node]
+        for worker_id in coming:
+            workers[worker_id] = None
+        while len(self._of_size) <= len(workers):
             self._of_size.append({})
         self._of_size[len(workers)][node] = None
-        return True
+        self._count += len(coming)
 
-    def discard(self, worker_id: WorkerId) -> None:
-        self.discard_all((worker_id,))
+    def discard(self, worker_id: WorkerId, node: str) -> None:
+        self._take_from(node, [worker_id])
 
-    def discard_all(self, worker_ids: Iterable[WorkerId]) -> None:
-        """Those that are here. A node that loses many changes its place among the nodes once."""
-        by_node: dict[str, list[WorkerId]] = {}
-        for worker_id in worker_ids:
-            node = self._node_of.pop(worker_id, None)
-            if node is not None:
-                by_node.setdefault(node, []).append(worker_id)
+    def discard_all(self, by_node: dict[str, list[WorkerId]]) -> None:
+        """A node that loses many changes its place among the nodes once."""
         for node, leaving in by_node.items():
-            workers = self._workers[node]
-            del self._of_size[len(workers)][node]
+            self._take_from(node, leaving)
+
+    def _take_from(self, node: str, leaving: list[WorkerId]) -> None:
+        workers = self._workers[node]
+        del self._of_size[len(workers)][node]
+        if len(leaving) == len(workers):
+            del self._workers[node]
+        else:
             for worker_id in leaving:
                 del workers[worker_id]
-            if workers:
-                self._of_size[len(workers)][node] = None
-            else:
-                del self._workers[node]
+            self._of_size[len(workers)][node] = None
+        self._count -= len(leaving)
 
     def best(self, count: int) -> str | None:
         """The node that has `count` workers and the fewest more."""
@@ -144,15 +164,20 @@ class NodeIndex:
 
     def largest(self, count: int = CANDIDATES_MAX) -> list[tuple[int, str]]:
         """The `count` nodes with the most workers: (workers, node)."""
-        sizes = range(len(self._of_size) - 1, 0, -1)
-        return list(islice(((size, node) for size in sizes for node in self._of_size[size]), count))
+        found: list[tuple[int, str]] = []
+        for size in range(len(self._of_size) - 1, 0, -1):
+            for node in self._of_size[size]:
+                if len(found) >= count:
+                    return found
+                found.append((size, node))
+        return found
 
     def of(self, node: str, count: int) -> list[WorkerId]:
         """At most `count` workers of the node."""
-        return list(islice(self._workers.get(node, ()), count))
+        workers = self._workers.get(node)
+        if workers is None:
+            return []
+        return list(workers) if count >= len(workers) else list(islice(workers, count))
 
     def __len__(self) -> int:
-        return len(self._node_of)
-
-    def __contains__(self, worker_id: WorkerId) -> bool:
-        return worker_id in self._node_of
+        return self._count

@@ -14,6 +14,11 @@ Layout = tuple[int, ...]
 
 
 class LongPlanner(Protocol):
+    @property
+    def degree_max(self) -> int:
+        """No group is larger, nor grows to be."""
+        ...
+
     def degree(self, tokens: int, kv_tokens: int, free_by_node: Sequence[int], kv_free_tokens: int) -> int:
         """Over how many replicas to spread a long of `tokens` that needs KV for `kv_tokens` in all, where nodes
         have `free_by_node` replicas to give (largest first) and each has room for `kv_free_tokens`.

@@ -180,7 +180,7 @@ class PecSchedPolicy:
         return None
 
     def _group_for(self, cluster: Cluster, request: Request, now_s: float) -> tuple[WorkerId, ...]:
-        everywhere = len(cluster.seats)
+        everywhere = cluster.seats
         if not everywhere or not cluster.can_form_groups:
             return ()
         seats = everywhere - self._spare(cluster, request, now_s)

@@ -79,18 +79,26 @@ def kv_share(kv_tokens: int, degree: int) -> int:
 def layout_of(cluster: Cluster, members: tuple[WorkerId, ...]) -> Layout:
     """Members per node, largest first."""
     sizes: dict[str, int] = {}
-    for worker_id in members:
-        node = cluster.replicas[worker_id].profile.node
-        sizes[node] = sizes.get(node, 0) + 1
-    return tuple(sorted(sizes.values(), reverse=True))
+    node, count = "", 0
+    for worker_id in members:  # mostly node by node
+        its_node = cluster.replicas[worker_id].node
+        if its_node == node:
+            count += 1
+            continue
+        sizes[node] = sizes.get(node, 0) + count
+        node, count = its_node, 1
+    sizes[node] = sizes.get(node, 0) + count
+    return tuple(sorted([size for size in sizes.values() if size], reverse=True))
 
 
 def in_rank_order(cluster: Cluster, members: tuple[WorkerId, ...]) -> tuple[tuple[WorkerId, ...], tuple[str, ...]]:
     """The members of a group and where they reach each other. Live workers stand in the same order in all groups, by
     node and name: groups that overlap then cannot wait for each other in a circle (`services/engine/collectives.py`).
     """
+    if len(members) == 1 or not cluster.replicas[members[0]].profile.group_address:
+        return members, ()
     profiles = [cluster.replicas[worker_id].profile for worker_id in members]
-    if len(members) == 1 or not all(profile.group_address for profile in profiles):
+    if not all(profile.group_address for profile in profiles):
         return members, ()
     profiles.sort(key=lambda profile: (profile.node, profile.worker_id))
     return tuple(p.worker_id for p in profiles), tuple(p.group_address for p in profiles)
@@ -121,21 +129,33 @@ def group_for_long(
     places = _least_queued_seats(cluster) if drain else cluster.vacant
     if request.spec.kv_tokens > len(places) * kv_max:
         return ()
-    left, by_node, members = seats_max, [], []
+    left = seats_max
+    by_node: list[int] = []
+    members: list[WorkerId] = []
     for size, node in places.largest():
         by_node.append(min(size, left))
         members += places.of(node, by_node[-1])
         left -= by_node[-1]
         if not left:
             break
-    kv_free = min((cluster.replicas[worker_id].kv_free for worker_id in members), default=0)
+    kv_free = _least_kv_free(cluster, members)
     degree = planner.degree(request.tokens, request.spec.kv_tokens, by_node, kv_free)
     one_node = places.best(degree) if degree else None
     if one_node is not None:
         alone = places.of(one_node, degree)
-        if all(cluster.replicas[worker_id].kv_free >= kv_free for worker_id in alone):
+        if _least_kv_free(cluster, alone) >= kv_free:
             return tuple(alone)
     return tuple(members[:degree])
+
+
+def _least_kv_free(cluster: Cluster, worker_ids: list[WorkerId]) -> int:
+    """Of any of these; 0 of none."""
+    least, replicas = -1, cluster.replicas
+    for worker_id in worker_ids:
+        kv_free = replicas[worker_id].kv_free
+        if kv_free < least or least < 0:
+            least = kv_free
+    return max(0, least)
 
 
 def _least_queued_seats(cluster: Cluster) -> NodeIndex:
@@ -143,7 +163,7 @@ def _least_queued_seats(cluster: Cluster) -> NodeIndex:
     seats = NodeIndex()
     for index in (cluster.idle, cluster.decoding):
         for worker_id in index.least(DRAINED_MAX):
-            seats.add(worker_id, cluster.replicas[worker_id].profile.node)
+            seats.add(worker_id, cluster.replicas[worker_id].node)
     return seats
 
 

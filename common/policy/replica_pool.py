@@ -62,7 +62,7 @@ class ReplicaPool:
 
     def set(self, replica: Replica, load: int) -> None:
         """Put it in, or move it to its new load."""
-        worker_id, node = replica.worker_id, replica.profile.node
+        worker_id, node = replica.worker_id, replica.node
         entry: Entry = (load, bool(replica.decoding), worker_id)
         known = self._at.get(worker_id)
         if known is None:

@@ -466,8 +466,7 @@ class Scheduler:
         request.members, request.scheme = members, plan.scheme
         request.sizes = (len(members),) * len(members)
         self._ledger.move(request, RequestState.FORMING)
-        for replica, share in zip(replicas, plan.reserved, strict=True):
-            self._cluster.reserve_long(replica, request.key, share, self._ledger.now_s)
+        self._cluster.reserve_long(replicas, request.key, plan.reserved, self._ledger.now_s)
         self._cluster.seat_long(replicas, request.request_id)
         self._counters["placed_long"] += 1
         self._ledger.save(request)

@@ -41,8 +41,7 @@ class SpillOrders:
         took_s = now_s - request.state_since_s
         replicas = [self._cluster.replicas[worker_id] for worker_id in request.members]
         reserved = tuple(replica.held[request.key].tokens for replica in replicas)
-        for replica in replicas:
-            self._cluster.reserve_long(replica, request.key, 0, now_s)
+        self._cluster.reserve_long(replicas, request.key, (0,) * len(replicas), now_s)
         request.pauses.moved_out(now_s, took_s, reserved)
         self._cluster.spill_token_s = took_s / max(1, *reserved)
         self._ledger.counters["spills"] += 1
@@ -58,8 +57,8 @@ class SpillOrders:
     def restore(self, request: Request) -> None:
         """There is room on all members."""
         assert request.pauses is not None
-        for worker_id, tokens in zip(request.members, request.pauses.spilled, strict=True):
-            self._cluster.reserve_long(self._cluster.replicas[worker_id], request.key, tokens, self._ledger.now_s)
+        replicas = [self._cluster.replicas[worker_id] for worker_id in request.members]
+        self._cluster.reserve_long(replicas, request.key, request.pauses.spilled, self._ledger.now_s)
         request.pauses.spilled = ()
         self._ledger.move(request, RequestState.RESTORING)
         self._ledger.emit(RestoreGroup(request_id=request.request_id, attempt=request.spec.attempt))

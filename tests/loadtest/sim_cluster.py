@@ -47,6 +47,8 @@ class Costs:
 class Longs:
     """Implements `LongCosts`; and `LongPlanner`, for groups of a fixed degree."""
 
+    degree_max = 1_000
+
     def __init__(self, degree: int = 1) -> None:
         self._degree = degree
 

@@ -14,7 +14,7 @@ from loadtest.simulator.workload import Arrival, Workload
 
 def test_the_command_writes_a_decisions_time_per_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "scale.json"
-    assert main(["scale", "--gpus", "64", "32", "--requests", "200", "--json", str(file)]) == 0
+    assert main(["scale", "--gpus", "64", "32", "--requests", "200", "--rounds", "2", "--json", str(file)]) == 0
     by_gpus = json.loads(file.read_text())["by_gpus"]
     assert list(by_gpus) == ["32", "64"]
     for found in by_gpus.values():
@@ -39,10 +39,21 @@ def test_arrivals_come_as_much_faster_as_the_cluster_is_larger() -> None:
     assert found["sched_over_jct_p99_of"]["long"] is None
 
 
-@pytest.mark.parametrize("wrong", [["--gpus", "33"], ["--gpus", "4"], ["--requests", "0"]])
+@pytest.mark.parametrize("wrong", [["--gpus", "33"], ["--gpus", "4"], ["--requests", "0"], ["--rounds", "0"]])
 def test_bad_input_is_one_line(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scale", *wrong]) == 1
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("loadtest scale: --")
+
+
+def test_a_figure_is_the_median_of_its_rounds() -> None:
+    rounds = [
+        {"decision_s": {"p50": 1.0, "p99": p99}, "sched_over_jct_p99_of": {"short": p99, "long": None}, "replicas": 32}
+        for p99 in (9.0, 3.0, 4.0)
+    ]
+    found = scale.middle(rounds)
+    assert found["decision_s"] == {"p50": 1.0, "p99": 4.0}
+    assert found["sched_over_jct_p99_of"] == {"short": 4.0, "long": None}
+    assert found["sched_over_jct_p99"] == 4.0
 
 
 def test_sizes_reach_from_the_papers_cluster_to_8192() -> None:

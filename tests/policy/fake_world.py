@@ -109,6 +109,8 @@ class FakeRequest:
 class EvenPlanner:
     """As few replicas as hold the KV, and one more if there is one: groups of every size come about."""
 
+    degree_max = 1_000
+
     def degree(self, tokens: int, kv_tokens: int, free_by_node: Sequence[int], kv_free_tokens: int) -> int:
         if kv_free_tokens <= 0:
             return 0

@@ -102,6 +102,8 @@ class PerReplicaPlanner:
     """So many tokens to a replica, if their KV has room; each prefills 1,000 tokens a second. `or_fewer`: where there
     are fewer replicas, those."""
 
+    degree_max = 1_000
+
     def __init__(self, tokens_per_replica: int, *, or_fewer: bool = False) -> None:
         self._tokens_per_replica = tokens_per_replica
         self._or_fewer = or_fewer

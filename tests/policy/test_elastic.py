@@ -34,6 +34,8 @@ LINEAR_S, SQUARE_S = 1e-3, 1e-7
 class EvenPlanner:
     """All work is shared evenly."""
 
+    degree_max = 1_000
+
     def degree(self, tokens: int, kv_tokens: int, free_by_node: tuple[int, ...], kv_free_tokens: int) -> int:
         return 1
 
