@@ -21,7 +21,7 @@ from common.runtime import subjects
 from common.runtime.bus import Bus, BusError, Delivery
 from common.runtime.bus_nats import connect_nats
 from loadtest.client import CONNECT_S, ERROR_CHARS_MAX, ClientError
-from services.engine.timed import TimedShape, expected_tokens
+from services.engine.timed_language import TimedShape, expected_tokens
 from services.router.model_text import ModelText
 
 PROMPTS = 256

@@ -21,7 +21,9 @@ from common.runtime.supervisor import Supervisor
 from common.settings import CommonSettings, Count, DecodeWorkerSettings, PrefillWorkerSettings
 from common.settings_loader import load
 from services.decode_worker.service import DecodeWorker
-from services.engine.timed import TimedDecodeEngine, TimedPrefillEngine, TimedShape
+from services.engine.timed_decode import TimedDecodeEngine
+from services.engine.timed_language import TimedShape
+from services.engine.timed_prefill import TimedPrefillEngine
 from services.engine.transport_memory import MemoryHub
 from services.prefill_worker.service import PrefillWorker
 

@@ -1,5 +1,6 @@
-"""What a worker asks of an engine. Two implementations: torch (`torch_prefill.py`, `torch_decode.py`)
-and `timed.py`, which answers at the speed of a cost model and needs no GPU; one contract suite for both.
+"""What a worker asks of an engine. Two implementations: torch (`torch_prefill.py`, `torch_decode.py`) and one that
+answers at the speed of a cost model and needs no GPU (`timed_prefill.py`, `timed_decode.py`); one contract suite for
+both.
 
 A *pass* is one ragged batch of new tokens through all layers. A *step* is one layer of one pass: the
 smallest piece of work, never interrupted. A pass can be stopped between two steps and continued there

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from common.settings import DecodeWorkerSettings, PrefillWorkerSettings
-from services.engine.timed import TimedDecodeEngine, TimedPrefillEngine, TimedShape
+from services.engine.timed_decode import TimedDecodeEngine
+from services.engine.timed_language import TimedShape
+from services.engine.timed_prefill import TimedPrefillEngine
 
 
 def make_timed_prefill_engine(settings: PrefillWorkerSettings) -> TimedPrefillEngine:

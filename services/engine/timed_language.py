@@ -1,4 +1,16 @@
-"""The made-up language of the timed engines, and what they pretend to be (`timed.py`)."""
+"""Engines that answer at the speed of a cost model and need neither weights nor torch (`timed_prefill.py`,
+`timed_decode.py`): their language, and what they pretend to be.
+
+They keep every promise of `interface.py` that a worker can see: time per step, exact KV accounting, KV
+bytes that mean something, passes that stop between steps and go on there. Only the language is made up:
+the next token is a hash of the whole context. A running 64-bit state is chained over all token ids, and the
+KV of a token is that state after it (masked differently in every layer and head), so
+
+- a request served again from its prompt and the tokens already delivered continues as it would have;
+- a decode engine knows nothing but the KV it received: corrupt or missing KV gives wrong tokens.
+
+`expected_tokens` says what a prompt must yield.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 
 from common.runtime.virtual_time import run_virtual
-from services.engine.timed import TimedShape
+from services.engine.timed_language import TimedShape
 from tests.cluster.world import SHAPE, VOCAB, Cluster, cluster, seeds
 
 SERVERS = ("scheduler", "coordinator", "p0", "p1", "d0", "d1")

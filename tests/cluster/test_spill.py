@@ -15,7 +15,7 @@ from common.runtime import keys
 from common.runtime.virtual_time import run_virtual, virtual
 from common.runtime.wire import decode_record
 from common.runtime.write_behind import GATHER_S
-from services.engine.timed import TimedPrefillEngine
+from services.engine.timed_prefill import TimedPrefillEngine
 from tests.cluster.test_groups import computed_once
 from tests.cluster.world import SHAPE, Answer, Cluster, cluster
 

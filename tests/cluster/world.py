@@ -36,7 +36,9 @@ from services.decode_worker.service import DecodeWorker
 from services.engine.collectives import GroupLinks
 from services.engine.collectives_memory import MemoryGroupHub
 from services.engine.data_plane import DataPlane, DataPlaneFactory, KvReceiver
-from services.engine.timed import TimedDecodeEngine, TimedPrefillEngine, TimedShape, expected_tokens
+from services.engine.timed_decode import TimedDecodeEngine
+from services.engine.timed_language import TimedShape, expected_tokens
+from services.engine.timed_prefill import TimedPrefillEngine
 from services.engine.transport_memory import MemoryHub
 from services.prefill_worker.service import PrefillWorker
 from services.router.api_errors import ApiError

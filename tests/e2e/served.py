@@ -28,7 +28,7 @@ from common.runtime.bus import Bus
 from common.runtime.bus_nats import connect_nats
 from common.runtime.store import Store
 from common.runtime.store_redis import connect_redis
-from services.engine.timed import expected_tokens
+from services.engine.timed_language import expected_tokens
 from services.router.model_text import ModelText, load
 from services.status import describe_cluster
 from tests.serve_process import LAST_LINE, ServeProcess, clean_environment, serve_process

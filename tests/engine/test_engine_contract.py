@@ -18,7 +18,9 @@ from common.messages.cluster import StepCost
 from common.messages.requests import Prompt, RequestSpec, SamplingParams
 from common.units import RequestId, RouterId
 from services.engine.interface import DecodeEngine, EngineError, KvFull, LayerKv, PassResult, PrefillEngine, Segment
-from services.engine.timed import TimedDecodeEngine, TimedPrefillEngine, TimedShape, expected_tokens
+from services.engine.timed_decode import TimedDecodeEngine
+from services.engine.timed_language import TimedShape, expected_tokens
+from services.engine.timed_prefill import TimedPrefillEngine
 
 COST = StepCost(pass_s=0.002, token_s=1e-6, pair_s=0.0)
 CAPACITY = 2_048

@@ -17,7 +17,8 @@ from services.engine.collectives import GroupBroken
 from services.engine.interface import LayerKv, PassResult, PrefillEngine, Segment
 from services.engine.model import LoadedModel, load_model
 from services.engine.sequence_parallel import GroupPass
-from services.engine.timed import TimedPrefillEngine, TimedShape, expected_tokens
+from services.engine.timed_language import TimedShape, expected_tokens
+from services.engine.timed_prefill import TimedPrefillEngine
 from services.engine.torch_prefill import TorchPrefillEngine
 from tests.engine.group_world import PATIENCE_S, Ranks, doors, scheme_of, spec
 from tests.engine.models import VOCAB, reference_greedy, reference_model, tiny_model

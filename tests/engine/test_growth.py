@@ -19,7 +19,8 @@ from common.units import RequestId
 from services.engine.collectives import GroupBroken, GroupLink, GroupShare
 from services.engine.interface import EngineError, PrefillEngine, Segment
 from services.engine.model import LoadedModel, load_model
-from services.engine.timed import TimedPrefillEngine, TimedShape, expected_tokens
+from services.engine.timed_language import TimedShape, expected_tokens
+from services.engine.timed_prefill import TimedPrefillEngine
 from tests.engine.group_world import LINK_KINDS, PATIENCE_S, Ranks, doors, joined, spec, tokens_computed
 from tests.engine.models import reference_greedy, reference_model, tiny_model
 from tests.engine.torch_group import Leads, group_of, random_prompt

@@ -20,7 +20,8 @@ from services.engine import spill
 from services.engine.interface import EngineError, KvFull, SpillRefused
 from services.engine.model import LoadedModel, load_model
 from services.engine.spill import SpillLimits
-from services.engine.timed import TimedPrefillEngine, TimedShape, expected_tokens
+from services.engine.timed_language import TimedShape, expected_tokens
+from services.engine.timed_prefill import TimedPrefillEngine
 from services.engine.torch_prefill import TorchPrefillEngine
 from tests.engine.models import VOCAB, reference_greedy, reference_model, tiny_model
 from tests.engine.test_engine_contract import (

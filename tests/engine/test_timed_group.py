@@ -13,7 +13,8 @@ from common.runtime.virtual_time import run_virtual
 from common.units import RequestId
 from services.engine.collectives import GroupBroken
 from services.engine.interface import EngineError, Segment
-from services.engine.timed import TimedPrefillEngine, TimedShape, expected_tokens
+from services.engine.timed_language import TimedShape, expected_tokens
+from services.engine.timed_prefill import TimedPrefillEngine
 from tests.engine.group_world import LINK_KINDS, Ranks, doors
 
 SHAPE = TimedShape(

@@ -21,7 +21,7 @@ from loadtest.control_cluster import Cluster, Sizes
 from loadtest.control_workers import ControlWorkersSettings, make_workers
 from loadtest.report import progress
 from loadtest.runner import MeasurementFailed
-from services.engine.timed import TimedShape, expected_tokens
+from services.engine.timed_language import TimedShape, expected_tokens
 from tests.services.router_world import ids_of, tiny_text
 
 QUESTION = Question(b'{"prompt": "x"}', "Paris", (7, 8))

@@ -8,7 +8,7 @@ from common.messages.cluster import ExchangeCost
 from common.policy.live_planner import GroupPlan
 from loadtest.sp import SpOptions, plan_of, schemes_of, summed_up
 from services.engine.measure_groups import ALONE, WayTimes
-from services.engine.timed import TimedShape
+from services.engine.timed_language import TimedShape
 
 
 def test_all_schemes_of_so_many_ranks() -> None:

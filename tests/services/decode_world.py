@@ -18,7 +18,9 @@ from common.settings import DecodeWorkerSettings
 from services.decode_worker.service import DecodeWorker
 from services.engine.data_plane import KvHeader, KvTrailer, TransferFailed
 from services.engine.interface import LayerKv, Segment
-from services.engine.timed import TimedDecodeEngine, TimedPrefillEngine, TimedShape, expected_tokens
+from services.engine.timed_decode import TimedDecodeEngine
+from services.engine.timed_language import TimedShape, expected_tokens
+from services.engine.timed_prefill import TimedPrefillEngine
 from services.engine.transport_memory import MemoryHub
 
 SHAPE = TimedShape(

@@ -29,7 +29,9 @@ from common.runtime.wire import decode, encode
 from common.settings import PrefillWorkerSettings
 from services.engine.collectives_memory import MemoryGroupHub
 from services.engine.data_plane import KvArrival, KvHeader
-from services.engine.timed import TimedDecodeEngine, TimedPrefillEngine, TimedShape
+from services.engine.timed_decode import TimedDecodeEngine
+from services.engine.timed_language import TimedShape
+from services.engine.timed_prefill import TimedPrefillEngine
 from services.engine.transport_memory import MemoryHub
 from services.prefill_worker.service import PrefillWorker
 

@@ -22,7 +22,7 @@ from common.runtime.write_behind import GATHER_S
 from common.settings import DecodeWorkerSettings
 from services.decode_worker.main import load_engine, serve
 from services.decode_worker.service import DecodeWorker
-from services.engine.timed import TimedDecodeEngine
+from services.engine.timed_decode import TimedDecodeEngine
 from services.engine.transport import open_data_plane
 from services.worker.process import WorkerMeans
 from tests.services.decode_world import SHAPE, WORKER, DecodeWorld, decode_world, spec_of, wanted_tokens

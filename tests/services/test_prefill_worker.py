@@ -29,7 +29,7 @@ from common.runtime.store import Put
 from common.runtime.virtual_time import virtual
 from common.runtime.wire import decode_record
 from common.runtime.write_behind import GATHER_S
-from services.engine.timed import expected_tokens
+from services.engine.timed_language import expected_tokens
 from tests.services.prefill_world import DRAIN_S, SHAPE, WORKER, prefill_world, prompt_bytes, prompt_of
 
 
