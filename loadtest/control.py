@@ -5,9 +5,10 @@ cores. Every request has a prompt of two dozen words and gets sixteen tokens, st
 stream is checked. Over each of HTTP and NATS:
 
 - *closed loop*: so many clients, each asks again when it has its answer; more of them until the rate stops to grow.
-  The highest is `requests_per_s`.
-- *open loop*: Poisson arrivals at half of that. The engines are told to take no time, so the whole time from a
-  request's intended arrival to its last token is `added_ms`; to its first token, `added_first_ms`.
+  The highest is `requests_per_s`, that of the streams below included.
+- *open loop*: Poisson arrivals at half of that, or of what was promised, if that is less. The engines are told to take
+  no time, so the whole time from a request's intended arrival to its last token is `added_ms`; to its first token,
+  `added_first_ms`.
 - *streams*: so many at once (1,000), for as long; none may be lost, and memory may not grow (`rss_mb`: before
   and after it, after a first round of the same).
 
@@ -141,10 +142,14 @@ class Bench:
 
     async def measure(self, transport: Transport) -> tuple[dict[str, Any], dict[str, Any]]:
         best, levels = await self._highest(transport)
-        with self.bars.waiting(f"{transport}: open loop at {OPEN_SHARE * best['requests_per_s']:.0f}/s"):
-            opened = await self._open_loop(OPEN_SHARE * best["requests_per_s"])
+        rate = OPEN_SHARE * min(best["requests_per_s"], TARGETS[transport])
+        with self.bars.waiting(f"{transport}: open loop at {rate:.0f}/s"):
+            opened = await self._open_loop(rate)
         with self.bars.waiting(f"{transport}: {self.options.streams} streams"):
             crowd, rss = await self._crowd()
+        levels[str(self.options.streams)] = crowd["requests_per_s"]
+        if crowd["requests_per_s"] > best["requests_per_s"]:
+            best = {name: crowd[name] for name in best if name != "clients"} | {"clients": self.options.streams}
         return {**best, **opened, "levels": levels, "streams": crowd}, rss
 
     async def _highest(self, transport: Transport) -> tuple[dict[str, Any], dict[str, float]]:
@@ -262,7 +267,11 @@ def _show_one(transport: Transport, one: dict[str, Any], rss: dict[str, Any]) ->
     rows = [
         ["requests per second", f"{one['requests_per_s']:.0f}", f"with {one['clients']} clients"],
         ["tokens per second", f"{one['tokens_per_s']:.0f}", ""],
-        ["added at half of it, p50 / p99", f"{_of(added, 'p50')} / {_of(added, 'p99')}", "to the last token"],
+        [
+            f"added at {one['open_loop']['requests_per_s']:.0f}/s, p50 / p99",
+            f"{_of(added, 'p50')} / {_of(added, 'p99')}",
+            "to the last token",
+        ],
         ["", f"{_of(first, 'p50')} / {_of(first, 'p99')}", "to the first"],
         [f"{crowd['at_once']} streams at once", f"{crowd['requests_per_s']:.0f}/s", f"{crowd['lost']} lost"],
     ]

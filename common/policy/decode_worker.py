@@ -55,7 +55,7 @@ from common.policy.decode_events import (
 )
 from common.policy.decode_pace import Pace
 from common.policy.decode_rows import TRANSITIONS, Row, RowPhase, finish_reason
-from common.policy.story import StoryLog
+from common.policy.story import OF_A_WORKER, StoryLog
 from common.policy.transitions import require_legal
 from common.policy.words import About
 from common.units import Attempt, RequestId, RouterId
@@ -75,7 +75,7 @@ class DecodeWorkerCore:
         """Highest term of a scheduler seen."""
         self.rows: dict[RequestId, Row] = {}
         self.stopping = False
-        self.story_log = StoryLog()
+        self.story_log = StoryLog(OF_A_WORKER)
         self._offers: dict[tuple[RequestId, Attempt], float] = {}
         self._ended: OrderedDict[RequestId, Attempt] = OrderedDict()
         self._running: tuple[RequestId, ...] = ()

@@ -28,7 +28,7 @@ from common.policy.prefill_outbox import Outbox
 from common.policy.prefill_passes import PassKind, next_pass
 from common.policy.prefill_spill import MOVED, stop_moving
 from common.policy.sp_shares import misfit
-from common.policy.story import StoryLog
+from common.policy.story import OF_A_WORKER, StoryLog
 from common.units import Attempt, RequestId
 
 
@@ -56,7 +56,7 @@ class PrefillBooks:
         self.now_s = 0.0
         self._places = 0
         self._passes = 0
-        self._stories = StoryLog()
+        self._stories = StoryLog(OF_A_WORKER)
 
     # --- views ---
 

@@ -15,6 +15,10 @@ from common.units import RequestId
 Story = Callable[[], list[str]]
 """Told only when asked: nobody formats a story that nobody reads."""
 
+OF_A_WORKER = 512
+"""Requests whose story a worker keeps: those that it has, and for a while what became of the last ones. The scheduler
+keeps more, for people who ask."""
+
 _SILENT = frozenset({"v", "epoch", "cause", "spec", "record", "request_id"})
 
 

@@ -15,7 +15,7 @@ from common.runtime.virtual_time import virtual
 from common.settings_loader import SettingsError, load
 from loadtest import __main__ as command
 from loadtest import control
-from loadtest.control import Bench, ControlOptions
+from loadtest.control import TARGETS, Bench, ControlOptions
 from loadtest.control_client import HttpDoor, NatsDoor, Question, Stream, make_questions
 from loadtest.control_cluster import Cluster, Sizes
 from loadtest.control_workers import ControlWorkersSettings, make_workers
@@ -174,15 +174,22 @@ def bench(door: FakeDoor, **options) -> Bench:
 async def test_the_search_ends_where_more_clients_bring_nothing_and_the_open_loop_takes_half():
     door = FakeDoor()
     figures, _ = await bench(door, seconds=4.0, levels=(4, 8, 8, 8, 16), streams=20).measure("http")
-    assert figures["levels"] == {"4": pytest.approx(40, rel=0.05), "8": pytest.approx(80, rel=0.05)}
-    assert figures["clients"] == 8
+    assert figures["levels"] == {name: pytest.approx(10 * int(name), rel=0.05) for name in ("4", "8", "20")}
+    assert figures["clients"] == 20, "the streams are a level, too"
     assert figures["tokens_per_s"] == 16 * figures["requests_per_s"]
-    assert figures["open_loop"]["requests_per_s"] == figures["requests_per_s"] / 2
+    assert figures["open_loop"]["requests_per_s"] == figures["levels"]["8"] / 2
     assert figures["open_loop"]["requests"] == pytest.approx(160, rel=0.25)
     assert figures["added_ms"]["p50"] == pytest.approx(100, rel=0.02)
     assert figures["added_first_ms"]["p50"] == pytest.approx(50, rel=0.02)
     assert figures["streams"]["lost"] == 0
     assert door.at_once_max == 20
+
+
+@virtual
+async def test_the_open_loop_takes_no_more_than_half_of_what_was_promised():
+    figures, _ = await bench(FakeDoor(), seconds=2.0, levels=(40,), streams=2).measure("http")
+    assert figures["levels"]["40"] == pytest.approx(400, rel=0.05)
+    assert figures["open_loop"]["requests_per_s"] == TARGETS["http"] / 2
 
 
 @virtual
