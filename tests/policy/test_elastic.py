@@ -199,6 +199,12 @@ def test_no_group_beyond_group_max():
     assert len(Scene(7, group_max=4).settled(1.0)) == 3
 
 
+def test_nor_beyond_what_the_planner_would_form():
+    planner = EvenPlanner()
+    planner.degree_max = 3
+    assert len(Scene(7, group_max=8, planner=planner).settled(1.0)) == 2
+
+
 def test_nobody_grows_for_nothing_or_next_to_nothing():
     scene = Scene()
     assert scene.request.pauses is not None
