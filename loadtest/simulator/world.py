@@ -153,7 +153,12 @@ class World:
         self._idle_wakes = 0
         self._decisions = array("d")
         self._stalled = False
-        self._perform: dict[type, Callable[[Any], None] | None] = {
+        self._perform = self._performers()
+        self._open_workers()
+
+    def _performers(self) -> dict[type, Callable[[Any], None] | None]:
+        """Of each of the scheduler's commands, what it does in this world; None: nothing."""
+        return {
             SaveRequest: None,
             ForgetRequest: self._request_ended,
             RequestAccepted: None,
@@ -171,7 +176,6 @@ class World:
             ResumeGroup: self._resume_group,
             DissolveGroup: self._dissolve_group,
         }
-        self._open_workers()
 
     def _open_workers(self) -> None:
         shape, site = self._shape, self._site
