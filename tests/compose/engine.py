@@ -97,7 +97,7 @@ def publishes_ports() -> bool:
             time.sleep(POLL_S)
         return False
     finally:
-        docker("rm", "-f", container)
+        docker("rm", "-f", "-v", container)
 
 
 @dataclass(frozen=True, slots=True)
