@@ -1,12 +1,14 @@
 """`python -m loadtest sp`: how much faster a group of workers prefills a long prompt than one of them.
 
 One prompt of 7,500 tokens goes through a prefill engine alone, then through the engines of two processes by every
-scheme that they could compute it by, in turn, each process with one thread; medians of three. Schemes: a ring, and
-each of attention and MLP by Ulysses or Megatron (four combinations; with more ranks also on nodes round a ring). All
-ways cut the prompt as workers would. The plan is what a scheduler would choose by what these processes measured of
-themselves at start; its estimates stand beside the times. The share of communication is what the rank that waits
-longest waits for others, uneven work included, as part of the whole time. No scheduler, no network but between the
-ranks.
+scheme that they could compute it by, in turn, each process with one thread; medians of three. In between each of the
+two prefills it for itself at the same time: how much more they do together than one of them alone is what the machine
+has to give (cores that share a physical one, its memory, or its clock give less than two), and the ceiling of every
+speed-up. Schemes: a ring, and each of attention and MLP by Ulysses or Megatron (four combinations; with more ranks also
+on nodes round a ring). All ways cut the prompt as workers would. The plan is what a scheduler would choose by what
+these processes measured of themselves at start; its estimates stand beside the times. The share of communication is
+what the rank that waits longest waits for others, uneven work included, as part of the whole time. No scheduler, no
+network but between the ranks.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def run(options: SpOptions) -> dict[str, Any]:
         model=options.model, cache_dir=options.cache_dir, threads=options.threads, dtype=options.dtype
     )
     schemes = schemes_of(options.ranks)
-    count = (options.runs + 1) * (1 + len(schemes))
+    count = (options.runs + 1) * (2 + len(schemes))
     with report.progress() as bars, bars.counting(f"prefill, alone and by {options.ranks}", count) as step:
         found = measure_groups(settings, options.ranks, schemes, options.tokens, options.runs, options.seed, step)
     plan = plan_of(options, found.profiles) if options.ranks > 1 else None
@@ -103,11 +105,12 @@ def schemes_of(ranks: int) -> list[GroupScheme]:
 def summed_up(
     options: SpOptions, schemes: Sequence[GroupScheme], found: Mapping[str, WayTimes], plan: GroupPlan | None = None
 ) -> dict[str, Any]:
-    """What is printed, from the times of each way; the one without a scheme is a worker alone. Without a plan the best
-    as measured stands for it."""
+    """What is printed, from the times of each way; those without a scheme are a worker alone, and each of them for
+    itself at the same time. Without a plan the best as measured stands for it."""
     names = [scheme.name(options.ranks) for scheme in schemes]
-    (alone,) = (way for way in found if way not in names)
-    alone_s = statistics.median(found[alone].wall_s)
+    alone, apart = (way for way in found if way not in names)
+    alone_s, apart_s = (statistics.median(found[way].wall_s) for way in (alone, apart))
+    ceiling = options.ranks * alone_s / apart_s
     ways: dict[str, dict[str, Any]] = {
         way: {
             "wall_s": statistics.median(times.wall_s),
@@ -132,6 +135,8 @@ def summed_up(
             "chosen_by": "measured" if plan is None else "cost",
             "why": "" if plan is None else plan.why,
         },
+        "ceiling": ceiling,
+        "of_ceiling": ways[chosen]["speedup"] / ceiling,
         "over_best": ways[chosen]["wall_s"] / ways[best]["wall_s"],
         "comm_share": ways[chosen]["comm_share"],
         "best": best,
@@ -141,13 +146,13 @@ def summed_up(
 
 
 def show(figures: dict[str, Any]) -> None:
-    plan = figures["plan"]
+    plan, (_, apart, *_) = figures["plan"], figures["ways"]
     rows = [
         [
             way,
             report.s(times["wall_s"]),
             report.s(times["estimate_s"]) if "estimate_s" in times else "-",
-            report.times(times["speedup"]),
+            report.times(times["speedup"] if way != apart else figures["ceiling"]),
             f"{times['comm_share']:.0%}",
         ]
         for way, times in figures["ways"].items()
@@ -157,6 +162,8 @@ def show(figures: dict[str, Any]) -> None:
         f"first token {'the same' if figures['same_first_token'] else 'another one (may be, in bfloat16)'}",
         f"plan: {plan['scheme']}, speed-up {report.times(figures['speedup'])}, at least "
         f"{report.times(SPEEDUP_MIN)} wanted: {'met' if figures['speedup'] >= SPEEDUP_MIN else 'MISSED'}",
+        f"{plan['ranks']} workers that exchange nothing do {report.times(figures['ceiling'])} the work of one here; "
+        f"the plan reaches {figures['of_ceiling']:.0%} of that",
         f"the plan took {figures['over_best']:.2f} of the best as measured ({figures['best']}), at most "
         f"{OVER_BEST_MAX:.2f} wanted: {'met' if figures['over_best'] <= OVER_BEST_MAX else 'MISSED'}",
     ]

@@ -1,8 +1,8 @@
 """Times a long prefill by a group of worker processes against one of them alone; for benchmarks.
 
 Every process loads the model and opens a door, as a worker does. Then, in turn, rank 0 prefills the prompt alone while
-the others idle, and all of them by each scheme, in the chunks that workers would choose. All ways go through the
-engine's passes; a way's first run does not count.
+the others idle, each of them prefills it for itself at the same time, and all of them do by each scheme, in the chunks
+that workers would choose. All ways go through the engine's passes; a way's first run does not count.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from services.engine.measure import plan_chunks
 from services.engine.torch_prefill import make_prefill_engine
 
 ALONE = "alone"
+APART = "each alone, at once"
+"""What so many processes get of this machine when they exchange nothing: no group of them is faster."""
 LOAD_S = 300.0
 RUN_S = 600.0
 """Bounds on a process's silence."""
@@ -53,7 +55,7 @@ class WayTimes:
 @dataclass(frozen=True, slots=True)
 class Measured:
     ways: dict[str, WayTimes]
-    """`ALONE`, and each scheme by its name."""
+    """`ALONE`, `APART`, and each scheme by its name."""
     profiles: tuple[EngineProfile, ...]
     """What each rank says of itself, by rank."""
 
@@ -72,7 +74,7 @@ class _Order:
 
     number: int
     scheme: GroupScheme | None
-    """None: rank 0 alone."""
+    """None: for itself."""
     addresses: tuple[str, ...]
 
 
@@ -107,10 +109,14 @@ def measure_groups(
         ends = [ours for ours, _ in pipes]
         opened = [_hear_opened(end) for end in ends]
         addresses = tuple(each.address for each in opened)
-        ways: list[tuple[str, GroupScheme | None]] = [(ALONE, None), *((one.name(size), one) for one in schemes)]
+        ways: list[tuple[str, GroupScheme | None]] = [
+            (ALONE, None),
+            (APART, None),
+            *((one.name(size), one) for one in schemes),
+        ]
         found = {way: WayTimes() for way, _ in ways}
         for number, (run, (way, scheme)) in enumerate(itertools.product(range(runs + 1), ways)):
-            among = ends[:1] if scheme is None else ends
+            among = ends[:1] if way == ALONE else ends
             reports = _all_report(among, _Order(number, scheme, addresses[: len(among)]))
             if run:
                 _note(found[way], reports)
@@ -142,7 +148,8 @@ def _all_report(ends: Sequence[Connection], order: _Order) -> list[_Report]:
 
 
 def _note(times: WayTimes, reports: Sequence[_Report]) -> None:
-    wall_s = reports[0].wall_s
+    """Its time is that of whoever drew the first token: of a group rank 0, of each for itself the last."""
+    wall_s = max(report.wall_s for report in reports if report.token is not None)
     times.wall_s.append(wall_s)
     times.wait_share.append(max(report.waited_s for report in reports) / wall_s)
     times.cpu_s.append([report.cpu_s for report in reports])

@@ -7,7 +7,7 @@ import pytest
 from common.messages.cluster import ExchangeCost
 from common.policy.live_planner import GroupPlan
 from loadtest.sp import SpOptions, plan_of, schemes_of, summed_up
-from services.engine.measure_groups import ALONE, WayTimes
+from services.engine.measure_groups import ALONE, APART, WayTimes
 from services.engine.timed_language import TimedShape
 
 
@@ -27,7 +27,10 @@ def test_all_schemes_of_so_many_ranks() -> None:
 
 def test_the_plan_is_held_against_the_best_as_measured() -> None:
     schemes = schemes_of(2)
-    found = {ALONE: WayTimes(wall_s=[8.0], wait_share=[0.0], tokens={5})}
+    found = {
+        ALONE: WayTimes(wall_s=[8.0], wait_share=[0.0], tokens={5}),
+        APART: WayTimes(wall_s=[10.0], wait_share=[0.0], tokens={5}),
+    }
     for number, scheme in enumerate(schemes):
         found[scheme.name(2)] = WayTimes(wall_s=[5.0 + number], wait_share=[0.1], tokens={5})
     estimates = tuple((scheme.name(2), 4.0) for scheme in schemes)
@@ -36,6 +39,8 @@ def test_the_plan_is_held_against_the_best_as_measured() -> None:
     assert figures["plan"] == {"scheme": "ulysses 2", "ranks": 2, "chosen_by": "cost", "why": "so"}
     assert (figures["best"], figures["over_best"]) == ("ring 2", pytest.approx(1.2))
     assert figures["speedup"] == pytest.approx(8 / 6)
+    assert figures["ceiling"] == pytest.approx(2 * 8 / 10), "two prompts in ten seconds, one in eight"
+    assert figures["of_ceiling"] == pytest.approx(8 / 6 / 1.6)
     assert figures["ways"]["megatron 2"]["estimate_s"] == 4.0
 
 
@@ -53,7 +58,7 @@ def test_the_scheduler_would_choose_by_what_the_processes_say() -> None:
 
 def test_the_fastest_by_its_median_is_the_plan() -> None:
     schemes = schemes_of(2)
-    found = {ALONE: WayTimes(wall_s=[8.0, 9.0, 10.0], wait_share=[0.0] * 3, tokens={5})}
+    found = {way: WayTimes(wall_s=[8.0, 9.0, 10.0], wait_share=[0.0] * 3, tokens={5}) for way in (ALONE, APART)}
     for number, scheme in enumerate(schemes):
         times = [5.0 + abs(number - 2), 1.0, 20.0]
         found[scheme.name(2)] = WayTimes(wall_s=times, wait_share=[0.1 * number] * 3, tokens={5})
