@@ -109,10 +109,10 @@ def test_a_role_that_keeps_crashing_ends_it_with_its_last_lines(serve):
 
 
 def test_it_names_who_is_missing_when_time_is_up(serve):
-    with serve("--decode-workers", "2", "--start-s", "2") as running:
+    with serve("--decode-workers", "2", "--start-s", "8") as running:
         status, err = running.end()
     assert status == 2
-    assert "not complete after 2 s: decode-1 missing" in err
+    assert "not complete after 8 s: decode-1 missing" in err
     assert any("waiting for decode-1" in line for line in running.lines)
 
 
