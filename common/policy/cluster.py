@@ -435,7 +435,7 @@ class Cluster:
             group = self.groups[request_id] = LoadIndex()
             self._runs(request_id)
         loads: list[tuple[int, WorkerId]] = []
-        vacant: dict[str, list[WorkerId]] = {}
+        vacant: list[tuple[str, WorkerId]] = []
         for replica in replicas:
             if replica.long is not None:
                 raise InvariantViolated(f"{replica.worker_id} already prefills {replica.long}, not {request_id}")
@@ -446,7 +446,7 @@ class Cluster:
             loads.append((replica.queued_tokens, worker_id))
             if replica.in_vacant:
                 replica.in_vacant = False
-                _gather(vacant, replica)
+                vacant.append((replica.node, worker_id))
         group.set_all(loads)
         self.vacant.discard_all(vacant)
         if request_id in self.standing:
@@ -463,7 +463,7 @@ class Cluster:
         whole = group is not None and len(group) == len(workers)  # then its index goes as a whole, too
         to_idle: list[tuple[int, WorkerId]] = []
         to_decoding: list[tuple[int, WorkerId]] = []
-        vacant: dict[str, list[WorkerId]] = {}
+        vacant: list[tuple[str, WorkerId]] = []
         for worker_id in workers:
             replica = self.replicas.get(worker_id)
             if replica is None:
@@ -489,7 +489,7 @@ class Cluster:
             if not replica.in_vacant and replica.is_vacant:
                 replica.in_vacant = True
                 self.room_changes += 1
-                _gather(vacant, replica)
+                vacant.append((replica.node, worker_id))
         self.idle.set_all(to_idle)
         self.decoding.set_all(to_decoding)
         self.vacant.add_all(vacant)
@@ -498,12 +498,3 @@ class Cluster:
             self._runs_not(request_id)
         else:
             self._close_group(request_id)
-
-
-def _gather(by_node: dict[str, list[WorkerId]], replica: Replica) -> None:
-    node = replica.node
-    found = by_node.get(node)
-    if found is None:
-        by_node[node] = [replica.worker_id]
-    else:
-        found.append(replica.worker_id)

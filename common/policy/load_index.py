@@ -118,10 +118,10 @@ class NodeIndex:
     def add(self, worker_id: WorkerId, node: str) -> None:
         self._add_to(node, [worker_id])
 
-    def add_all(self, by_node: dict[str, list[WorkerId]]) -> None:
-        """A node that gets many changes its place among the nodes once."""
-        for node, coming in by_node.items():
-            self._add_to(node, coming)
+    def add_all(self, coming: list[tuple[str, WorkerId]]) -> None:
+        """As (node, worker). A node that gets many changes its place among the nodes once."""
+        for node, workers in _by_node(coming).items():
+            self._add_to(node, workers)
 
     def _add_to(self, node: str, coming: list[WorkerId]) -> None:
         workers = self._workers.get(node)
@@ -139,10 +139,10 @@ class NodeIndex:
     def discard(self, worker_id: WorkerId, node: str) -> None:
         self._take_from(node, [worker_id])
 
-    def discard_all(self, by_node: dict[str, list[WorkerId]]) -> None:
-        """A node that loses many changes its place among the nodes once."""
-        for node, leaving in by_node.items():
-            self._take_from(node, leaving)
+    def discard_all(self, leaving: list[tuple[str, WorkerId]]) -> None:
+        """As (node, worker). A node that loses many changes its place among the nodes once."""
+        for node, workers in _by_node(leaving).items():
+            self._take_from(node, workers)
 
     def _take_from(self, node: str, leaving: list[WorkerId]) -> None:
         workers = self._workers[node]
@@ -181,3 +181,14 @@ class NodeIndex:
 
     def __len__(self) -> int:
         return self._count
+
+
+def _by_node(pairs: list[tuple[str, WorkerId]]) -> dict[str, list[WorkerId]]:
+    found: dict[str, list[WorkerId]] = {}
+    for node, worker_id in pairs:
+        workers = found.get(node)
+        if workers is None:
+            found[node] = [worker_id]
+        else:
+            workers.append(worker_id)
+    return found

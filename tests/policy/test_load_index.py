@@ -59,13 +59,10 @@ def test_nodes_are_known_by_how_many_workers_they_have(seed: int) -> None:
         coming = rng.random() < 0.5
         some = [worker_id for worker_id in WORKERS if (worker_id in here) != coming]
         which = rng.sample(some, min(count, len(some)))
-        by_node: dict[str, list[WorkerId]] = {}
-        for worker_id in which:
-            by_node.setdefault(node_of[worker_id], []).append(worker_id)
         if len(which) == 1:
             (index.add if coming else index.discard)(which[0], node_of[which[0]])
         else:
-            (index.add_all if coming else index.discard_all)(by_node)
+            (index.add_all if coming else index.discard_all)([(node_of[w], w) for w in which])
         if coming:
             here |= {worker_id: node_of[worker_id] for worker_id in which}
         else:
