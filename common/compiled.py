@@ -33,6 +33,7 @@ MODULES = (
     "leases",
     "ledger",
     "lifecycle",
+    "lines",
     "load_index",
     "membership",
     "pecsched",

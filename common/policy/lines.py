@@ -30,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from itertools import islice
 
 from sortedcontainers import SortedDict
@@ -68,8 +69,10 @@ class Binding:
 class Line:
     pool: ReplicaPool
     """Where its length is known, besides the pool of all."""
-    waiting: SortedDict = field(default_factory=SortedDict)
-    """order: Binding"""
+    waiting: dict[int, Binding] = field(default_factory=dict)
+    """By order of arrival."""
+    orders: list[int] = field(default_factory=list)
+    """A heap of them, and of some that have left: a line of ten thousand costs no more than one of ten."""
     tokens: int = 0
     """Sum of the weights in it."""
     seat: tuple[RequestId, int] | None = None
@@ -77,11 +80,24 @@ class Line:
     called: Binding | None = None
     """Its head, if that could start here now."""
 
+    def join(self, binding: Binding) -> None:
+        order = binding.order
+        self.waiting[order] = binding
+        self.tokens += binding.weight
+        heappush(self.orders, order)
+
+    def leave(self, binding: Binding) -> None:
+        del self.waiting[binding.order]
+        self.tokens -= binding.weight
+
     def head(self) -> Binding | None:
-        if not self.waiting:
-            return None
-        binding: Binding = self.waiting.peekitem(0)[1]
-        return binding
+        orders, waiting = self.orders, self.waiting
+        while orders:
+            binding = waiting.get(orders[0])
+            if binding is not None:
+                return binding
+            heappop(orders)
+        return None
 
 
 class Lines:
@@ -142,7 +158,7 @@ class Lines:
         return found
 
     def _unbind_all(self, line: Line) -> list[Request]:
-        requests = [binding.request for binding in line.waiting.values()]
+        requests = [binding.request for _, binding in sorted(line.waiting.items())]
         for request in requests:
             self.unbind(request)
         return requests
@@ -164,8 +180,7 @@ class Lines:
         self._bindings[request.request_id] = binding
         for worker_id in binding.members:
             line = self._lines[worker_id]
-            line.waiting[request.order] = binding
-            line.tokens += binding.weight
+            line.join(binding)
             self._weigh(line, cluster.replicas[worker_id])
             self._touched[worker_id] = None
 
@@ -177,8 +192,7 @@ class Lines:
             return
         for worker_id in binding.members:
             line = self._lines[worker_id]
-            del line.waiting[binding.order]
-            line.tokens -= binding.weight
+            line.leave(binding)
             self._call(line, worker_id, None)
             self._touched[worker_id] = None
 

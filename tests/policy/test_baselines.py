@@ -58,7 +58,8 @@ def audit_lines(place: World, lines: Lines) -> None:
     for worker_id, line in lines._lines.items():
         replica = cluster.replicas[worker_id]
         here = [b for b in lines._bindings.values() if worker_id in b.members]
-        assert list(line.waiting.values()) == sorted(here, key=lambda b: b.order), "in order of arrival"
+        assert line.waiting == {b.order: b for b in here}
+        assert line.head() is min(here, key=lambda b: b.order, default=None), "first come, first served"
         assert line.tokens == sum(b.weight for b in here)
         seated = line.seat[1] if line.seat is not None and line.seat[0] == replica.long else 0
         assert (seated > 0) == (replica.long is not None), "a long that prefills counts"

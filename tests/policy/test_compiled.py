@@ -67,7 +67,7 @@ def test_all_that_runs_in_a_schedulers_event_is_compiled_or_has_its_reason():
     runs = {name.removeprefix("common.policy.") for name in listed.split()}
     assert set(compiled.MODULES) <= runs
     assert runs - set(compiled.MODULES) == {
-        *("core", "scheduler_config", "scheduler_io", "decisions", "spill_orders", "invariants", "lines"),
+        *("core", "scheduler_config", "scheduler_io", "decisions", "spill_orders", "invariants"),
         *("processors", "live_costs", "model_shapes", "sp_shares"),
         *("long_planner", "live_planner", "planned"),
     }
