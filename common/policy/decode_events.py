@@ -12,7 +12,7 @@ from common.messages.locations import KvLocation
 from common.messages.prefill import DropRequest, KvReleased
 from common.messages.requests import RequestSpec, TokenLogprob, TokensGenerated
 from common.policy.core import TimePassed
-from common.units import Attempt, RequestId, Seconds, TokenId, Tokens, WorkerId
+from common.units import Attempt, RequestId, RouterId, Seconds, TokenId, Tokens, WorkerId
 
 
 class DecodeWorkerConfig(Record, frozen=True, kw_only=True):
@@ -65,6 +65,8 @@ class ActivateRow(Record, frozen=True, kw_only=True):
     """The prompt's KV is complete and verified; the next step feeds the first token."""
 
     request_id: RequestId
+    router_id: RouterId
+    """The prefill worker has just sent it the first token."""
     first_token: TokenId
 
 

@@ -2,7 +2,8 @@
 
 A token leaves at once if the last message to its router is long enough ago, and at once if it ends its request (the
 scheduler is told of the end right after, and must not be the first to hear). Otherwise it waits for those of the next
-steps. With steps slower than `gather_s` nothing ever waits.
+steps. The last message may be another worker's: a request's first token, from where its prompt was computed.
+With steps slower than `gather_s` nothing ever waits, but for a second token that follows the first as quickly.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ class TokenOutbox:
         self._held: dict[RouterId, TokensGenerated] = {}
         self._next_s: dict[RouterId, float] = {}
         """When the next message to a router may leave."""
+
+    def sent_elsewhere(self, router_id: RouterId, now_s: float) -> None:
+        """Another worker has just sent this router a message. What waits here already waits no longer for it."""
+        if router_id not in self._held:
+            self._next_s[router_id] = now_s + self._gather_s
 
     def put(self, tokens: TokensGenerated, now_s: float) -> TokensGenerated | None:
         """What is to be sent now; None: it waits, until `next_deadline_s` at most."""

@@ -146,8 +146,8 @@ class DecodeWorker:
                 self._door.answer(request_id, attempt, reason)
             case StopReceiving(request_id=request_id, attempt=attempt):
                 self._shell.data_plane.refuse(request_id, attempt)
-            case ActivateRow(request_id=request_id, first_token=first_token):
-                self._activate(request_id, first_token)
+            case ActivateRow():
+                self._activate(command)
             case ReleaseKv(request_id=request_id):
                 self._engine.release(request_id)
             case _:
@@ -178,12 +178,13 @@ class DecodeWorker:
         else:
             self._shell.tell(KvReserved(request_id=spec.request_id, attempt=spec.attempt))
 
-    def _activate(self, request_id: RequestId, first_token: int) -> None:
+    def _activate(self, command: ActivateRow) -> None:
+        self._outbox.sent_elsewhere(command.router_id, asyncio.get_running_loop().time())
         try:
-            self._engine.activate(request_id, first_token)
+            self._engine.activate(command.request_id, command.first_token)
         except EngineError as error:
             # The step that begins next contains it, and fails for the same reason: that is where the core hears of it.
-            log.error("not activated", request_id=request_id, reason=str(error))
+            log.error("not activated", request_id=command.request_id, reason=str(error))
 
     async def _steps(self) -> None:
         """One after the other, as the core orders them. One task for all: to make one costs as much as to decide."""

@@ -54,6 +54,16 @@ def test_an_end_leaves_at_once_with_all_that_waited():
     assert [(chunk.request_id, chunk.finish_reason) for chunk in ready.chunks] == [("b", None), ("a", "length")]
 
 
+def test_a_first_token_that_another_worker_sent_counts_as_a_message():
+    outbox = TokenOutbox(GATHER_S)
+    outbox.sent_elsewhere("r", 0.0)
+    assert outbox.put(tokens(1), 0.001) is None
+    assert outbox.next_deadline_s() == GATHER_S
+    outbox.sent_elsewhere("r", 0.004)
+    assert outbox.next_deadline_s() == GATHER_S, "what waits is not put off by others' first tokens"
+    assert outbox.put(tokens(2, end=True), 0.004) is not None
+
+
 def test_routers_wait_apart_and_attempts_are_not_mixed():
     outbox = TokenOutbox(GATHER_S)
     outbox.put(tokens(1), 0.0)
