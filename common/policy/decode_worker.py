@@ -284,9 +284,7 @@ class DecodeWorkerCore:
         row.deadline_s = None
         row.generated = 1
         router_id = row.spec.router_id
-        self._effects.append(
-            ActivateRow(request_id=row.request_id, router_id=router_id, first_token=event.first_token)
-        )
+        self._effects.append(ActivateRow(request_id=row.request_id, router_id=router_id, first_token=event.first_token))
         row.received_s = event.first_layer_received_s, event.last_layer_received_s
         self._place(row, "decoding", row.spec.prompt.tokens)
         reason = finish_reason(row, event.first_token)
