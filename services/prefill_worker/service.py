@@ -20,7 +20,7 @@ from typing import assert_never
 from common.errors import StartupError
 from common.logs import get_logger
 from common.messages.decode import DecodeFailed, DecodeFinished
-from common.messages.groups import RING, Announcement
+from common.messages.groups import Announcement
 from common.messages.prefill import KvReleased, PrefillFailed, PrefillFinished
 from common.messages.requests import Prompt, TokensGenerated
 from common.messages.sp import (
@@ -45,7 +45,6 @@ from common.policy.prefill_events import (
     FinishHandoff,
     ForgetKv,
     GroupCalled,
-    GroupLost,
     HandoffFailed,
     HandoffFinished,
     MeetOthers,
@@ -78,22 +77,18 @@ from common.runtime.store import Store, StoreError
 from common.runtime.supervisor import Supervisor
 from common.settings import PrefillWorkerSettings
 from common.units import Attempt, RequestId, WorkerId
-from services.engine.collectives import GroupBroken, GroupKey, GroupLink, GroupLinks, GroupShare
+from services.engine.collectives import GroupBroken, GroupKey, GroupLinks, GroupShare
 from services.engine.data_plane import DataPlaneFactory, KvHeader, KvTrailer, PeerLost, TransferFailed
 from services.engine.interface import EngineError, KvFull, PassResult, PrefillEngine, Segment
 from services.prefill_worker.handoff import Handoff
-from services.prefill_worker.meetings import Meetings
 from services.prefill_worker.moves import move_kv
+from services.prefill_worker.open_links import OpenLinks
 from services.worker.shell import WorkerPorts, WorkerShell, worker_id_of
 
 log = get_logger(__name__)
 
 TOKEN_BYTES = 4
 """A token id is a little-endian int32."""
-
-
-LOST_AFTER_S = 0.5
-"""An order takes less."""
 
 GroupLinksFactory = Callable[[], GroupLinks]
 """Opens this worker's door for groups; called on the event loop. Raises: OSError, if the address is taken."""
@@ -140,12 +135,10 @@ class PrefillWorker:
         self.incarnation = self._shell.incarnation
         self._open_groups = groups
         self._groups: GroupLinks | None = None
-        self._links: dict[RequestId, GroupLink] = {}
-        """Of shared sequences that are open."""
+        self._links = OpenLinks(self._shell.spawn, self._shell.tell)
         self._joining: dict[RequestId, asyncio.Event] = {}
-        """Of those whose ranks meet: set, if these are waited for no more."""
+        """Of sequences whose ranks meet: set, if these are waited for no more."""
         self._handoffs: dict[RequestId, Handoff] = {}
-        self._meetings = Meetings(self._shell.spawn, self._shell.tell)
         self._pass_id: int | None = None
         self._tail_s = measured.histogram(TRANSFER_TAIL)
         self._failed_handoffs = measured.counter(TRANSFERS_FAILED)
@@ -164,10 +157,7 @@ class PrefillWorker:
         try:
             await self._shell.run(None)
         finally:
-            for link in self._links.values():
-                link.close()
-            self._links.clear()
-            self._meetings.close()
+            self._links.close()
             if self._groups is not None:
                 await self._groups.close()
 
@@ -234,7 +224,7 @@ class PrefillWorker:
             case BreakShare(request_id=request_id):
                 self._break_share(request_id)
             case MeetOthers():
-                self._meetings.begin(self._groups, command)
+                self._links.meet_others(self._groups, command)
             case EnterGroup():
                 self._enter_group(command)
             case OpenSequence():
@@ -242,8 +232,7 @@ class PrefillWorker:
             case CloseSequence(request_id=request_id):
                 self._engine.close(request_id)
                 self._handoffs.pop(request_id, None)
-                self._links.pop(request_id, None)
-                self._meetings.forget(request_id)
+                self._links.forget(request_id)
             case FinishHandoff(request_id=request_id):
                 finishing = self._finish_handoff(command, self._handoffs[request_id])
                 self._shell.spawn(finishing, name=f"handoff {request_id}")
@@ -320,14 +309,15 @@ class PrefillWorker:
         except GroupBroken as error:
             self._open_failed(command, str(error))
             return
-        self._links[spec.request_id] = link
+        self._links.put(spec.request_id, link)
         self._reserve(command, data)
-        if spec.request_id not in self._links:
+        if self._links.get(spec.request_id) is None:
             link.close()
 
     def _break_share(self, request_id: RequestId) -> None:
-        if request_id in self._links:
-            self._links[request_id].abort()
+        link = self._links.get(request_id)
+        if link is not None:
+            link.abort()
         elif request_id in self._joining:
             self._joining[request_id].set()
 
@@ -353,41 +343,24 @@ class PrefillWorker:
         if part is None:
             self._engine.open(spec, token_ids, None if handoff is None else handoff.push)
             return
-        link = self._links[spec.request_id]
+        link = self._links.get(spec.request_id)
+        assert link is not None  # its ranks have met
         share = GroupShare(rank=part.rank, size=len(part.addresses), scheme=part.scheme, link=link)
         self._engine.open_share(spec, token_ids, share, partial(self._called, spec.attempt))
-        link.on_lost(partial(self._lost, link, spec.request_id, spec.attempt))
+        self._links.watch(link, spec.request_id, spec.attempt)
 
     def _enter_group(self, command: EnterGroup) -> None:
-        """Of a newcomer, its own link is that of the larger group."""
-        request_id, attempt = command.request_id, command.attempt
-        own = self._links.get(request_id)
-        met = self._meetings.take(request_id, command.growth)
-        link = own if met is None else met
-        if link is None or link.size != command.size:
-            self._shell.tell(GroupLost(request_id=request_id, attempt=attempt, reason="the larger group is gone"))
-            return
-        self._links[request_id] = link
-        share = GroupShare(command.rank, command.size, RING, link, base=command.start, before=command.kept)
-        self._engine.regroup(request_id, share, partial(self._called, attempt))
-        link.on_lost(partial(self._lost, link, request_id, attempt))
-
-    def _lost(self, link: GroupLink, request_id: RequestId, attempt: Attempt, reason: str) -> None:
-        """Told a little later: ranks leave at the end of a request too; then the order to drop it is on its way. And
-        when a group grows, they leave the smaller one."""
-        event = GroupLost(request_id=request_id, attempt=attempt, reason=reason)
-        asyncio.get_running_loop().call_later(LOST_AFTER_S, self._tell_if_held, link, event)
-
-    def _tell_if_held(self, link: GroupLink, event: GroupLost) -> None:
-        if self._links.get(event.request_id) is link:
-            self._shell.tell(event)
+        share = self._links.enter(command)
+        if share is not None:
+            self._engine.regroup(command.request_id, share, partial(self._called, command.attempt))
+            self._links.watch(share.link, command.request_id, command.attempt)
 
     def _called(self, attempt: Attempt, request_id: RequestId, announcement: Announcement) -> None:
         self._shell.tell(GroupCalled(request_id=request_id, attempt=attempt, announcement=announcement))
 
     def _open_failed(self, command: OpenSequence, reason: str, *, retryable: bool = True) -> None:
         spec = command.spec
-        self._links.pop(spec.request_id, None)
+        self._links.drop(spec.request_id)
         self._shell.tell(
             OpenFailed(request_id=spec.request_id, attempt=spec.attempt, reason=reason, retryable=retryable)
         )
