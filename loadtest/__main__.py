@@ -32,7 +32,7 @@ from loadtest import (
     sim,
     sp,
 )
-from loadtest.flags import cluster_flags, not_negative, positive, rate, token_range
+from loadtest.flags import at_least_two, cluster_flags, not_negative, positive, rate, token_range
 
 EXIT_INTERRUPTED = 130
 
@@ -51,6 +51,13 @@ def _mixed_flags(parser: argparse.ArgumentParser) -> None:
     defaults = mixed.MixedOptions()
     parser.add_argument(
         "--serve-pecsched", default="", metavar="FLAGS", help="as --serve, for the clusters whose policy is pecsched"
+    )
+    parser.add_argument(
+        "--groups",
+        type=at_least_two,
+        default=0,
+        metavar="N",
+        help="measure PecSched with groups of up to N workers, too",
     )
     parser.add_argument("--shorts", type=positive, default=defaults.shorts, help="at least so many per setting [200]")
     parser.add_argument("--longs", type=not_negative, default=defaults.longs, help="at least so many per setting [8]")
@@ -79,6 +86,7 @@ def _mixed(flags: argparse.Namespace) -> dict[str, Any]:
             api_key=flags.api_key,
             serve_flags=tuple(shlex.split(flags.serve)),
             pecsched_flags=tuple(shlex.split(flags.serve_pecsched)),
+            groups=flags.groups,
         )
     )
 

@@ -13,6 +13,14 @@ def positive(text: str) -> int:
     return number
 
 
+def at_least_two(text: str) -> int:
+    """A whole number of 2 or more."""
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError("must be 2 or more")
+    return number
+
+
 def not_negative(text: str) -> int:
     """A whole number of 0 or more."""
     number = int(text)

@@ -21,6 +21,8 @@ client, JCT with the last token's. `pauses` is the difference of the scheduler's
 latencies are what workers measured (short ready at the worker, or order received → long stopped) and the
 coordinator tells the scheduler in `GroupPaused`, overheard on NATS. A failed request is counted, and in no latency.
 
+With --groups N there is one more, the very same arrivals once more: PecSched, and longs prefilled by up to N workers.
+
 With --url, the cluster there is measured as it is: shorts alone, and mixed under whatever policy it runs.
 """
 
@@ -38,7 +40,7 @@ import psutil
 
 from common.messages.base import Message
 from common.messages.requests import LengthClass
-from common.messages.sp import GroupPaused, GroupResumed
+from common.messages.sp import FormGroup, GroupPaused, GroupResumed
 from common.runtime import subjects
 from loadtest import report
 from loadtest.client import Client
@@ -78,6 +80,8 @@ class MixedOptions:
     serve_flags: tuple[str, ...] = ()
     pecsched_flags: tuple[str, ...] = ()
     """More of them where the policy is pecsched."""
+    groups: int = 0
+    """Workers that may share a long in one more setting; 0: there is none."""
 
 
 @dataclass(slots=True)
@@ -102,6 +106,8 @@ class Setting:
     run: OpenLoopRun
     pauses: int
     pause_latencies_s: tuple[float, ...]
+    workers_per_long: float | None
+    """At the start of its prefill, mean; None: nobody overheard it."""
     machine_busy: float | None
     """Share of all cores, clients included."""
     client_busy: float
@@ -124,6 +130,8 @@ def run(options: MixedOptions) -> dict[str, Any]:
     """Everything, in order. Raises: PecSchedError."""
     if options.url and (options.serve_flags or options.pecsched_flags):
         raise MeasurementFailed("--serve and --serve-pecsched are for clusters started here: leave them out with --url")
+    if options.url and options.groups:
+        raise MeasurementFailed("--groups starts a cluster of its own: leave it out with --url")
     return asyncio.run(_run(options))
 
 
@@ -131,7 +139,7 @@ async def _run(options: MixedOptions) -> dict[str, Any]:
     begun_s = time.monotonic()
     with report.progress() as bars:
         bench = Bench(options, bars)
-        settings = await (bench.at_url() if options.url else bench.three_settings())
+        settings = await (bench.at_url() if options.url else bench.all_settings())
     figures: dict[str, Any] = dict.fromkeys(("shorts_only", "fifo", "pecsched"))
     figures |= {name: setting.figures() for name, setting in settings.items()}
     figures["run"] = _run_facts(options, bench, settings, figures) | {"took_s": time.monotonic() - begun_s}
@@ -147,7 +155,7 @@ class Bench:
         self.schedule = Schedule(())
         self._bars = bars
 
-    async def three_settings(self) -> dict[str, Setting]:
+    async def all_settings(self) -> dict[str, Setting]:
         settings: dict[str, Setting] = {}
         async with self._cluster("pecsched") as (place, client):
             await self.find_rates(place, client)
@@ -156,6 +164,9 @@ class Bench:
             settings["fifo"] = await self.measure("mixed, fifo", place, client, self.schedule)
         async with self._cluster("pecsched") as (place, client):
             settings["pecsched"] = await self.measure("mixed, pecsched", place, client, self.schedule)
+        if self.options.groups:
+            async with self._cluster("pecsched", "--group-max", str(self.options.groups)) as (place, client):
+                settings["groups"] = await self.measure("mixed, groups", place, client, self.schedule)
         return settings
 
     async def at_url(self) -> dict[str, Setting]:
@@ -169,11 +180,11 @@ class Bench:
         return {"shorts_only": shorts, policy: mixed}
 
     @asynccontextmanager
-    async def _cluster(self, policy: str) -> AsyncIterator[tuple[Place, Client]]:
+    async def _cluster(self, policy: str, *more: str) -> AsyncIterator[tuple[Place, Client]]:
         async with AsyncExitStack() as stack:
             with self._bars.waiting(f"starting a cluster, policy {policy}"):
                 own = self.options.pecsched_flags if policy == "pecsched" else ()
-                flags = ("--policy", policy, *self.options.serve_flags, *own)
+                flags = ("--policy", policy, *self.options.serve_flags, *own, *more)
                 place = await stack.enter_async_context(served(flags, self._bars.say))
             client = await stack.enter_async_context(self._client(place))
             await self.warm_up(client)
@@ -271,7 +282,8 @@ class Bench:
     async def measure(self, title: str, place: Place, client: Client, schedule: Schedule) -> Setting:
         """One setting, from an idle cluster to its last answer."""
         pauses_before = await _pauses(client)
-        async with observing(place, (subjects.SCHEDULER,), GroupPaused, GroupResumed) as observer:
+        talk = (subjects.SCHEDULER, subjects.COORDINATOR)
+        async with observing(place, talk, FormGroup, GroupPaused, GroupResumed) as observer:
             with self._bars.counting(title, len(schedule.arrivals)) as step, _busy() as busy:
                 measured = await run_open_loop(client, schedule, step)
             pauses = await _pauses(client) - pauses_before
@@ -280,6 +292,7 @@ class Bench:
             run=measured,
             pauses=pauses,
             pause_latencies_s=pause_latencies_s(message for _, message in heard),
+            workers_per_long=mean([len(m.members) for _, m in heard if isinstance(m, FormGroup)]),
             machine_busy=busy.machine if place.here else None,
             client_busy=busy.client,
         )
@@ -346,11 +359,16 @@ def _run_facts(
     rates = bench.rates
 
     def p99(name: str) -> float | None:
-        return figures[name]["short_ttft_s"]["p99"] if figures[name] else None
+        return figures[name]["short_ttft_s"]["p99"] if figures.get(name) else None
 
     def jct(name: str) -> float | None:
-        return figures[name]["long_jct_s"]["mean"] if figures[name] else None
+        return figures[name]["long_jct_s"]["mean"] if figures.get(name) else None
 
+    grouped = {
+        "group_max": options.groups,
+        "short_p99_groups_to_pecsched": ratio(p99("groups"), p99("pecsched")),
+        "long_jct_groups_to_pecsched": ratio(jct("groups"), jct("pecsched")),
+    }
     return {
         "seed": options.seed,
         "short_capacity_rps": rates.short_capacity_rps,
@@ -371,7 +389,9 @@ def _run_facts(
         "client_late_s_p99": {name: setting.run.late_s_p99 for name, setting in settings.items()},
         "client_busy": {name: setting.client_busy for name, setting in settings.items()},
         "machine_busy": {name: setting.machine_busy for name, setting in settings.items()},
+        "workers_per_long": {name: setting.workers_per_long for name, setting in settings.items()},
         "failures": {name: _distinct(setting.run.failures) for name, setting in settings.items()},
+        **(grouped if options.groups else {}),
     }
 
 

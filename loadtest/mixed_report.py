@@ -7,13 +7,20 @@ from typing import Any
 
 from loadtest import report
 
-SETTINGS = {"shorts_only": "shorts alone", "fifo": "mixed, FIFO", "pecsched": "mixed, PecSched"}
+SETTINGS = {
+    "shorts_only": "shorts alone",
+    "fifo": "mixed, FIFO",
+    "pecsched": "mixed, PecSched",
+    "groups": "with groups",
+}
 SHORT_P99_MAX, LONG_JCT_MAX = 1.5, 1.2
+GROUPS_MAX = 1.0
+"""Of what PecSched reaches without them: groups are there to prefill longs faster, at no cost to shorts."""
 
 
 def show(figures: Mapping[str, Any]) -> None:
     run = figures["run"]
-    columns = {name: title for name, title in SETTINGS.items() if figures[name] is not None}
+    columns = {name: title for name, title in SETTINGS.items() if figures.get(name) is not None}
 
     def row(title: str, pick: Callable[[Any], Any], form: Callable[[Any], str] = str) -> list[str]:
         return [title, *(form(pick(figures[name])) for name in columns)]
@@ -32,6 +39,7 @@ def show(figures: Mapping[str, Any]) -> None:
         row("pause latency p50", lambda f: f["pause_latency_s"]["p50"], report.ms),
         row("pause latency p99", lambda f: f["pause_latency_s"]["p99"], report.ms),
         row("failed", lambda f: f["failed"]),
+        of_run("workers per long", "workers_per_long", lambda count: "-" if count is None else f"{count:.2f}"),
         of_run("machine busy (all cores)", "machine_busy", report.share),
         of_run("client busy (one core)", "client_busy", report.share),
         of_run("client late at sending p99", "client_late_s_p99", report.ms),
@@ -65,6 +73,12 @@ def _notes(figures: Mapping[str, Any]) -> list[str]:
             report.target(
                 "PecSched's mean long JCT / FIFO's", run["long_jct_pecsched_to_fifo"], LONG_JCT_MAX, report.times
             ),
+        ]
+    if figures.get("groups"):
+        most, short, long = run["group_max"], run["short_p99_groups_to_pecsched"], run["long_jct_groups_to_pecsched"]
+        notes += [
+            report.target(f"mean long JCT with groups of up to {most} / without", long, GROUPS_MAX, report.times),
+            report.target(f"short p99 with groups of up to {most} / without", short, GROUPS_MAX, report.times),
         ]
     for name, failures in run["failures"].items():
         notes += [f"failed, {SETTINGS[name]}: {failure}" for failure in failures]

@@ -39,6 +39,7 @@ def test_three_settings_on_one_schedule(tmp_path: Path, capsys: pytest.CaptureFi
 
     figures = msgspec.json.decode(out.read_bytes())
     assert set(figures) == {"shorts_only", "fifo", "pecsched", "run"}
+    assert "long_jct_groups_to_pecsched" not in figures["run"]
     for name in ("shorts_only", "fifo", "pecsched"):
         assert keys_of(figures[name]) == SETTING_KEYS
         assert figures[name]["failed"] == 0, figures["run"]["failures"]
@@ -62,6 +63,26 @@ def test_three_settings_on_one_schedule(tmp_path: Path, capsys: pytest.CaptureFi
     assert "PecSched's short p99 / shorts alone" in table
 
 
+def test_groups_are_one_more_setting_of_the_same_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "mixed.json"
+    arguments = ["mixed", "--groups", "2", "--shorts", "6", "--longs", "1", "--short-rps", "6", "--long-rps", "2"]
+    arguments += ["--short-tokens", "16-48", "--long-tokens", "2100-2200"]
+    assert main([*arguments, "--serve", "--engine timed --prefill-workers 2", "--json", str(out)]) == 0
+
+    figures = msgspec.json.decode(out.read_bytes())
+    assert keys_of(figures["groups"]) == SETTING_KEYS
+    assert figures["groups"]["failed"] == 0, figures["run"]["failures"]
+    workers = figures["run"]["workers_per_long"]
+    assert workers["shorts_only"] is None
+    assert 1 == workers["pecsched"] < workers["groups"] <= 2
+    assert figures["run"]["long_jct_groups_to_pecsched"] == pytest.approx(
+        figures["groups"]["long_jct_s"]["mean"] / figures["pecsched"]["long_jct_s"]["mean"]
+    )
+    table = capsys.readouterr().out
+    assert "mean long JCT with groups of up to 2 / without" in table
+    assert "short p99 with groups of up to 2 / without" in table
+
+
 async def test_a_cluster_that_cannot_start_says_why() -> None:
     said: list[str] = []
     async with asyncio.timeout(60):
@@ -74,6 +95,8 @@ async def test_a_cluster_that_cannot_start_says_why() -> None:
 def test_flags_for_a_cluster_that_runs_already_are_refused() -> None:
     with pytest.raises(MeasurementFailed, match="leave them out with --url"):
         mixed.run(mixed.MixedOptions(url="http://127.0.0.1:1", pecsched_flags=("--group-max", "2")))
+    with pytest.raises(MeasurementFailed, match="--groups starts a cluster of its own"):
+        mixed.run(mixed.MixedOptions(url="http://127.0.0.1:1", groups=2))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +107,7 @@ def test_flags_for_a_cluster_that_runs_already_are_refused() -> None:
         ["mixed", "--shorts", "0"],
         ["mixed", "--short-tokens", "9-3"],
         ["mixed", "--long-rps", "0"],
+        ["mixed", "--groups", "1"],
         ["pause", "--dtype", "int8"],
     ],
 )
