@@ -221,7 +221,7 @@ class PrefillWorkerSettings(WorkerSettings, frozen=True, kw_only=True):
     )
     long_itl_ms_max: Annotated[
         Duration,
-        Meta(description="longest time from a long's token to the next; fewer short tokens share a step to keep it"),
+        Meta(description="longest time from a long's token to the next; others share or stop their steps to keep it"),
     ] = 250.0
     silence_s: Annotated[
         Duration, Meta(description="longest silence of another worker in a pass of a long that both compute")

@@ -314,6 +314,7 @@ def replay(live: LiveCluster, found: Calibration, workload: Workload, *, seed: i
         seed=seed,
         hop_s=found.hop_s,
         cores=live.shared_cores(found),
+        long_itl_s_max=live.worker.long_itl_ms_max / 1e3,
     )
     outcomes = world.run(workload).outcomes
     for outcome in outcomes:

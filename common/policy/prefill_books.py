@@ -25,7 +25,7 @@ from common.policy.prefill_events import (
 )
 from common.policy.prefill_jobs import MOVING, Job, LongJob, LongState, Meeting, ShortJob, ShortState, Verdict
 from common.policy.prefill_outbox import Outbox
-from common.policy.prefill_passes import PassKind, next_pass
+from common.policy.prefill_passes import PassKind, next_pass, running_long, turn_s
 from common.policy.prefill_spill import MOVED, stop_moving
 from common.policy.sp_shares import misfit
 from common.policy.story import OF_A_WORKER, StoryLog
@@ -37,6 +37,7 @@ class RunningPass:
     pass_id: int
     kind: PassKind
     segments: tuple[PassSegment, ...]
+    begun_s: float
     stopping: bool = False
     breaking: bool = False
 
@@ -54,6 +55,8 @@ class PrefillBooks:
         self.last_kind: PassKind | None = None
         self.out = Outbox(config.worker_id, config.layers)
         self.now_s = 0.0
+        self.turn_ends_s: float | None = None
+        """When the chunk that runs has held up what decodes here for long enough; None: it holds up nothing."""
         self._places = 0
         self._passes = 0
         self._stories = StoryLog(OF_A_WORKER)
@@ -221,7 +224,7 @@ class PrefillBooks:
         if plan is None:
             return
         self._passes += 1
-        self.running = RunningPass(pass_id=self._passes, kind=plan.kind, segments=plan.segments)
+        self.running = RunningPass(self._passes, plan.kind, plan.segments, begun_s=self.now_s)
         if plan.resumed is not None:
             self.out.do(ResumePass(pass_id=self._passes, request_id=plan.resumed.request_id))
         else:
@@ -229,6 +232,24 @@ class PrefillBooks:
             self.out.do(RunPass(pass_id=self._passes, segments=plan.segments, background=background))
         for segment in plan.segments:
             self._started(self.jobs[segment.request_id], segment)
+
+    def end_turn(self) -> None:
+        """Stop the chunk that runs, if others have waited for a step of theirs for long enough. A follower's chunk
+        stops when that of rank 0 does."""
+        self.turn_ends_s = None
+        running = self.running
+        if running is None or running.kind != "chunk" or running.stopping or running.breaking:
+            return
+        long = self.jobs[running.segments[0].request_id]
+        if not isinstance(long, LongJob) or long.follows:
+            return
+        turn = turn_s(self.config, self.shorts(), self.longs())
+        if turn is None:
+            return
+        if self.now_s >= running.begun_s + turn:
+            self.stop_pass()
+        else:
+            self.turn_ends_s = running.begun_s + turn
 
     def _refuse_wrong_calls(self) -> None:
         """Rank 0 calls to what does not follow from what was done here: one of the two has lost count."""
@@ -243,14 +264,24 @@ class PrefillBooks:
 
     def answer_runs(self) -> None:
         """Followers that were told to run say so when nothing stands between them and a call."""
-        for long in self.longs():
-            if long.owes_running and not any(self._goes_before(short, long) for short in self.shorts()):
+        longs = self.longs()
+        owing = [long for long in longs if long.owes_running]
+        if not owing:
+            return
+        shorts = [short for short in self.shorts() if short.state in (ShortState.READY, ShortState.RUNNING)]
+        first = running_long(longs, [short for short in shorts if short.state is ShortState.READY])
+        for long in owing:
+            # Shorts that another long holds back stand in nobody's way: two groups that share two workers would each
+            # wait for the other there.
+            waits = first is None or first is long
+            if not any(self._goes_before(short, long, waits=waits) for short in shorts):
                 long.owes_running = False
                 self.out.segment_running(long)
 
-    def _goes_before(self, short: ShortJob, long: LongJob) -> bool:
-        earlier = not long.started and short.order < long.order
-        return short.state is ShortState.RUNNING or (short.state is ShortState.READY and (short.begun or earlier))
+    def _goes_before(self, short: ShortJob, long: LongJob, *, waits: bool) -> bool:
+        """`waits`: for what came before it."""
+        earlier = waits and not long.started and short.order < long.order
+        return short.state is ShortState.RUNNING or short.begun or earlier
 
     def _started(self, job: Job, segment: PassSegment) -> None:
         if isinstance(job, ShortJob):

@@ -7,7 +7,9 @@ In order:
    before it. It continues in the very pass where it was stopped, otherwise with its next chunk.
 3. What decodes here takes part in every pass of shorts with one row each, so that weights are read once for both and
    the tokens keep coming. Where a long decodes, of the shorts' tokens only as many as keep its inter-token latency
-   (`colocation.py`). While another long prefills, its chunks and the rows alternate.
+   (`colocation.py`). While another long prefills, the rows and parts of its chunks alternate: a chunk that has held up
+   rows for as long as their inter-token latency allows (`turn_s`) is stopped at its next step, like one that is
+   paused, and continues after a pass of the rows.
 4. An *exclusive* short shares no pass with a long's decode: its passes run without rows, one decode step at least
    between two such shorts (or packs of them).
 5. Otherwise shorts, first come first served, packed into one ragged batch of `batch_tokens_max`; one that is longer
@@ -53,9 +55,9 @@ def next_pass(
     ready = sorted((short for short in shorts if short.state is ShortState.READY), key=_turn)
     held = list(longs)
     decoding = [long for long in held if long.state is LongState.DECODING]
-    rows: list[ShortJob | LongJob] = [*(long for long in decoding if not long.is_shared), *_shared_row(decoding)]
+    rows = _rows_of_longs(decoding)
     alone = _alone(ready, last_kind) if rows else []
-    rows += [short for short in shorts if short.state is ShortState.DECODING]
+    rows += _rows_of_shorts(shorts)
     long = running_long(held, ready)
     if long is not None and _is_there(long) and not (rows and last_kind == "chunk"):
         return _chunk(config, long)
@@ -68,6 +70,25 @@ def next_pass(
     if ready and long is None:
         return _shorts(config, ready[: config.rows_max], decoding)
     return None
+
+
+def turn_s(config: PrefillWorkerConfig, shorts: Iterable[ShortJob], longs: Iterable[LongJob]) -> float | None:
+    """How long a chunk may run on while what decodes here waits for its next step; None: nothing waits. What that step
+    leaves of `long_itl_s_max`, and as long as the step itself at the least: neither side gets less than half."""
+    rows = _rows_of_longs([long for long in longs if long.state is LongState.DECODING]) + _rows_of_shorts(shorts)
+    if not rows:
+        return None
+    step_s = config.step_cost.pass_s + sum(_row_s(config.step_cost, row) for row in rows)
+    return max(config.long_itl_s_max - step_s, step_s)
+
+
+def _rows_of_longs(decoding: Sequence[LongJob]) -> list[ShortJob | LongJob]:
+    """Of those that could have one now."""
+    return [*(long for long in decoding if not long.is_shared), *_shared_row(decoding)]
+
+
+def _rows_of_shorts(shorts: Iterable[ShortJob]) -> list[ShortJob | LongJob]:
+    return [short for short in shorts if short.state is ShortState.DECODING]
 
 
 def _is_there(long: LongJob) -> bool:

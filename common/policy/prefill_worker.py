@@ -4,6 +4,7 @@ Rules, beside those of `prefill_passes.py` (which pass is next) and `prefill_job
 
 - A pause stops the long's pass at the next step; nothing is computed twice. A pause that finds no pass of the
   long running takes effect at once; one that meets the end of the prefill is void.
+- So does the end of its turn, where others decode (`prefill_passes.py`): it goes on after their step, unasked.
 - A short's KV streams to its decode worker while it is computed and is freed here when the handoff ended, well or
   badly. A request whose first token is its last has no handoff, nor has one that decodes here: its KV is reserved
   whole, and it says what a decode worker would say (`DecodeFinished` or `DecodeFailed`).
@@ -127,12 +128,14 @@ class PrefillWorkerCore:
             case _:
                 assert_never(event)
         self.books.start_next_pass()
+        self.books.end_turn()
         self.books.answer_runs()
         return self.books.out.take()
 
     def next_deadline_s(self) -> float | None:
-        """None: every wait here is for an effect that is bounded where it is performed."""
-        return None
+        """When a chunk makes way for what decodes here. (Every other wait is for an effect that is bounded where it is
+        performed.)"""
+        return self.books.turn_ends_s
 
     @property
     def idle(self) -> bool:
@@ -423,7 +426,7 @@ class PrefillWorkerCore:
             # Nobody asked for it: on with it.
             self.books.out.do(ResumePass(pass_id=stopped.pass_id, request_id=long.request_id))
             return
-        self.books.running = None
+        self.books.running, self.books.last_kind = None, stopped.kind
         long.compute_s += event.compute_s
         long.chunk_steps = event.steps_done
         if long.verdict is not None:

@@ -198,6 +198,8 @@ class Group:
     tried: int = 0
     """To grow, the last that ended."""
     trying: Growth | None = None
+    letting_go: set[WorkerId] = field(default_factory=set)
+    """Were to come in, were told to drop it, and have not said that they did."""
 
     def __post_init__(self) -> None:
         self.mesh = Mesh.of(self.scheme, len(self.ranks))

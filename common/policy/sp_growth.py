@@ -9,7 +9,8 @@ Before RESUMING nothing of the group has changed. So whatever goes wrong or come
 rank is not met within `answer_s`, a pause, the end of the prefill), newcomers are told to drop what they hold, and the
 group goes on as it was. After that it is a group like any other, which dissolves when a rank is lost.
 
-A group has one try at a time. Connections of one that failed stay until the next, or the end of the request.
+A group has one try at a time, and nobody is in one who has not confirmed yet that it dropped an earlier one.
+Connections of one that failed stay until the next, or the end of the request.
 """
 
 from __future__ import annotations
@@ -112,13 +113,19 @@ def _why_not(group: Group, order: GrowGroup) -> str:
         return f"{len(members)} members are no more than {len(mine)}, or a worker is named twice"
     if members[0] != mine[0] or tuple(member for member in members if member in mine) != mine:
         return "its ranks would change their order"
+    if group.letting_go.intersection(members):  # what it still says of the last try would be taken for this one's
+        return "one that is to come in still lets go of an earlier try"
     if len(addresses) != len(members) or not all(addresses):
         return "each rank must be reached by the others"
     return ""
 
 
 def heard_of_newcomer(voice: Voice, group: Group, word: MemberWord) -> bool:
-    """Whether it is one."""
+    """Whether it is one, or was."""
+    if word.worker_id in group.letting_go:
+        if isinstance(word, SegmentDropped | SegmentFailed):
+            group.letting_go.discard(word.worker_id)
+        return True
     rank = None if group.trying is None else group.trying.newcomer(word.worker_id)
     if rank is None:
         return False
@@ -205,6 +212,7 @@ def give_up(voice: Voice, group: Group, reason: str) -> None:
     for rank in trying.newcomers:
         if rank.phase is not RankPhase.GONE:
             voice.tell(group, rank, RankPhase.DROPPING, DropSegment)
+            group.letting_go.add(rank.worker_id)
     voice.say(group.grown_word(voice.cause, trying.number, reason))
 
 

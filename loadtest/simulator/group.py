@@ -303,7 +303,12 @@ class Group:
 
     def _set_prefill_rate(self) -> None:
         drag_s = max(self._drags.values(), default=0.0)
-        self._prefill.set_rate(self._speed() * self.chunk_s / (self.chunk_s + drag_s))
+        turn_s = self.turn_s(drag_s)
+        self._prefill.set_rate(self._speed() * turn_s / (turn_s + drag_s))
+
+    def turn_s(self, step_s: float) -> float:
+        """How long it prefills between two decode steps of others that take so long each, and as long at least."""
+        return min(self.chunk_s, max(self._site.limits.long_itl_s_max - step_s, step_s))
 
     def _prefilled(self) -> None:
         job, now_s = self.job, self._site.timeline.now_s

@@ -8,8 +8,9 @@ The rules are those of `common.policy.prefill_passes`, whole passes at a time:
 - Shorts go first come first served, packed into passes of `batch_tokens_max` tokens; a longer one goes alone.
 - Where something decodes, passes share its steps. With a long's decode, a step takes `colocated_tokens_max` short
   tokens, a longer short several steps. An *exclusive* short shares none: the whole group's decode stands still.
-- While one long prefills, chunks of it and the steps of whatever else decodes here alternate: a decode step takes
-  a chunk longer, and the prefill runs at chunk / (chunk + step) of its rate. (So does the live worker.)
+- While one long prefills, it and the steps of whatever else decodes here take turns. Its turn is a chunk, or what a
+  step leaves of `long_itl_s_max`, if that is less: a decode step takes a turn longer, and the prefill runs at
+  turn / (turn + step) of its rate. (So does the live worker.)
 
 Simplified: no pass takes shorts that come after it has begun; the steps of a pass take as long as they would at its
 start; of a group's step, only the members that make it longest count.
@@ -271,7 +272,7 @@ class Replica:
             self._alone_s = 0.0 if rows else alone_s
         step_s = alone_s if running is None else running.step_s
         if seat is not None and seat.runs:
-            step_s += seat.chunk_s
+            step_s += seat.turn_s(alone_s)
         for group in groups:
             group.set_extra(self, math.inf if running is not None and running.exclusive else step_s - group.alone_s)
         if rows:

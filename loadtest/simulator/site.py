@@ -28,6 +28,8 @@ class Limits:
     """Tokens of shorts that share one step with a long's decode."""
     layers: int
     """Of the model: KV is handed over layer by layer while the next one computes."""
+    long_itl_s_max: float
+    """A chunk of a long makes way for what decodes beside it, to keep this."""
 
 
 @dataclass(slots=True, eq=False)

@@ -51,6 +51,7 @@ from common.policy.scheduler import Scheduler
 from common.policy.scheduler_config import SchedulerConfig
 from common.policy.scheduler_io import EndBusRequest, ForgetRequest, SaveRequest, SchedulerEvent, WorkerKeptOut
 from common.policy.sequence_plan import SpPlanner
+from common.settings import PrefillWorkerSettings
 from common.units import CoordinatorId, RequestId, RouterId, WorkerId
 from loadtest.simulator.cores import Cores
 from loadtest.simulator.costs import LongCosts, SpCosts
@@ -71,6 +72,8 @@ LEASE_S = 5e8
 """Longer than any run, and within the bounds of `units.Seconds` when added to its times."""
 HOP_S = 0.0005
 """Default time of a control message."""
+LONG_ITL_S_MAX = PrefillWorkerSettings().long_itl_ms_max / 1e3
+"""As live workers have it."""
 ROWS_MAX = 256
 """Default rows of a decode worker's batch (vLLM's default)."""
 IDLE_WAKES_MAX = 1_000
@@ -116,6 +119,7 @@ class World:
         hop_s: float = HOP_S,
         record: bool = False,
         cores: Cores | None = None,
+        long_itl_s_max: float = LONG_ITL_S_MAX,
     ) -> None:
         self._shape = shape
         self._config = config = msgspec.structs.replace(config, lease_s=LEASE_S)
@@ -128,7 +132,7 @@ class World:
             timeline=self._timeline,
             costs=costs,
             longs=longs,
-            limits=Limits(config.batch_tokens_max, config.colocated_tokens_max, shape.layers),
+            limits=Limits(config.batch_tokens_max, config.colocated_tokens_max, shape.layers, long_itl_s_max),
             hop_s=hop_s,
             random=random.Random(f"{seed}/pauses"),
             usage=Usage(),

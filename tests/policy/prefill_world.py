@@ -127,6 +127,8 @@ class Held:
     shared: bool = False
     computed: int = 0
     known: int = 0
+    came_at: int = 0
+    """Into its group, when so much had been computed."""
     in_stopped_pass: bool = False
     away: bool = False
     """Its KV is elsewhere, or on its way there or back."""
@@ -417,7 +419,8 @@ class World:
         assert held.computed in (command.start, 0), "a newcomer, or one that has done what the group has"
         assert len(command.kept) == command.size
         assert sum(command.kept) == command.start
-        assert command.kept[command.rank] > 0 or held.computed == 0, "a newcomer keeps nothing yet"
+        assert command.kept[command.rank] > 0 or held.computed in (0, held.came_at), "only a newcomer keeps nothing yet"
+        held.came_at = held.came_at if held.computed else command.start
         held.rank, held.shared, held.computed = command.rank, True, command.start
         self.group.entered(self.worker_id, command)
 

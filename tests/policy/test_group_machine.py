@@ -122,6 +122,7 @@ def test_groups_are_paused_as_one_and_get_all_their_tokens(request: pytest.Fixtu
     assert seen["entered"] > 2 * seen["grown"], "the old ranks, too"
     assert seen["spilled"] > 10
     assert seen["all stand again"] > 3
+    assert seen["turn ended"] > 5
 
 
 def test_whatever_is_lost_or_dropped_everything_ends_and_nothing_is_held(request: pytest.FixtureRequest) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from common.messages.cluster import StepCost
 from common.messages.prefill import DropRequest, KvReleased, PrefillFailed, PrefillFinished
 from common.messages.sp import (
     DropSegment,
@@ -50,15 +51,15 @@ def segments(world: World) -> list[tuple[str, int, int]]:
     return [(segment.request_id, segment.start, segment.tokens) for segment in world.running.segments]
 
 
-def with_running_long(tokens: int = 1_500, max_tokens: int = 16) -> World:
-    world = World()
+def with_running_long(tokens: int = 1_500, max_tokens: int = 16, **changes: object) -> World:
+    world = World(core=PrefillWorkerCore(config(**changes)))
     world.tell(load(spec("long", tokens, max_tokens=max_tokens)))
     world.tell(run("long"))
     return world
 
 
-def with_decoding_long(tokens: int = 600, max_tokens: int = 16) -> World:
-    world = with_running_long(tokens, max_tokens)
+def with_decoding_long(tokens: int = 600, max_tokens: int = 16, **changes: object) -> World:
+    world = with_running_long(tokens, max_tokens, **changes)
     while not world.of(SegmentPrefilled):
         world.finish()
     return world
@@ -492,6 +493,35 @@ def test_a_prefilling_and_a_decoding_long_alternate_and_shorts_wait():
         world.finish()
         seen.append([name for name, _, _ in segments(world)])
     assert seen == [["second"], ["long"], ["second"], ["long"], ["second"], ["long"]]
+
+
+def test_a_chunk_that_holds_up_a_decoding_long_stops_after_its_turn_and_goes_on_after_the_row():
+    world = with_decoding_long(step_cost=StepCost(pass_s=0.05, token_s=0.0, pair_s=0.0), long_itl_s_max=0.25)
+    world.tell(load(spec("second", 512)))
+    world.tell(run("second"))
+    world.finish()
+    assert segments(world) == [("second", 0, 512)]
+    assert world.core.next_deadline_s() == pytest.approx(0.2), "the decode step takes 0.05 of 0.25 s"
+    world.step()
+    world.tick(0.2)
+    world.step()
+    assert segments(world) == [("long", 601, 1)], "after two of four steps"
+    assert world.core.next_deadline_s() is None
+    world.finish()
+    assert segments(world) == [("second", 0, 512)], "the same pass"
+    assert world.core.next_deadline_s() == pytest.approx(0.4)
+    assert not world.of(SegmentPaused), "the long has not been paused"
+    world.settle()
+    assert max(world.computed.values()) == 1
+    world.require_empty()
+
+
+def test_a_decode_step_that_takes_longer_than_it_may_leaves_a_chunk_half_of_the_time():
+    world = with_decoding_long(step_cost=StepCost(pass_s=0.3, token_s=0.0, pair_s=0.0), long_itl_s_max=0.25)
+    world.tell(load(spec("second", 512)))
+    world.tell(run("second"))
+    world.finish()
+    assert world.core.next_deadline_s() == pytest.approx(0.3)
 
 
 def test_a_stop_token_ends_a_decoding_long():

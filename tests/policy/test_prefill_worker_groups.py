@@ -249,6 +249,19 @@ def test_a_follower_says_that_it_runs_when_the_shorts_before_it_are_done(long_sh
     assert running(world) == [(LONG, 0, 1_000)]
 
 
+def test_shorts_that_another_long_holds_back_are_in_nobodys_way():
+    """Else two groups that share two workers would wait for each other there."""
+    world = follower()
+    other = RequestId("other")
+    call(world, 0, 1_000)
+    world.finish()
+    world.tell(run_prefill(spec("a", 300)))
+    world.tell(share(900, other))
+    world.tell(RunSegment(worker_id=WORKER, request_id=other, attempt=0))
+    assert [m.request_id for m in world.of(SegmentRunning)] == [LONG, other]
+    assert running(world) == []
+
+
 def test_a_pause_takes_back_the_word_that_a_follower_owes():
     world = World(group=Quiet())
     world.tell(run_prefill(spec("a", 300)))
@@ -275,6 +288,24 @@ def test_a_follower_stops_when_rank_0_does_and_says_where():
     assert running(world) == [(LONG, 0, 1_000)]
     world.finish()
     assert job(world).prefilled == 1_000
+
+
+def test_a_followers_chunk_stops_with_that_of_rank_0_and_lets_a_called_row_in():
+    world = follower()
+    other = RequestId("other")
+    world.tell(share(1, other, rank=0))
+    world.tell(RunSegment(worker_id=WORKER, request_id=other, attempt=0))
+    world.finish()
+    call(world, 0, 1_000)
+    assert world.core.next_deadline_s() is None, "it cannot stop by itself"
+    world.tick(1.0)
+    assert not world.stop_asked
+    world.step()
+    world.stop_here()
+    assert running(world) == [(other, 1, 1)], "what decodes here, before rank 0 calls again"
+    world.finish()
+    call(world, 0, 1_000, step=1)
+    assert running(world) == [(LONG, 0, 1_000)]
 
 
 def test_a_row_shares_the_pass_with_shorts_that_wait_and_draws_nothing_here():

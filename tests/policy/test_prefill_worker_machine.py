@@ -166,6 +166,14 @@ class PrefillWorkerMachine(RuleBasedStateMachine):
     def pass_ends_before_the_stop_is_heard(self, token: int) -> None:
         self.world.finish(token)
 
+    @rule(seconds=st.sampled_from([0.0, 0.1, 0.3]))
+    def time_passes(self, seconds: float) -> None:
+        rows = [job for job in self.held(LongJob) if job.state is LongState.DECODING]
+        self.world.tick(seconds)
+        running = self.world.core.books.running
+        if seconds > 0.25 and rows and running is not None and running.kind == "chunk":
+            assert self.world.stop_asked, "a chunk has held up a decode for too long"
+
     @precondition(lambda self: self.world.running is not None)
     @rule(chance=st.integers(0, 7))
     def pass_fails(self, chance: int) -> None:

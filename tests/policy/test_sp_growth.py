@@ -176,13 +176,24 @@ def test_a_newcomer_without_room_changes_nothing():
     assert scene.met(0) == scene.met(1) == []
 
 
+def test_who_still_lets_go_of_an_earlier_try_comes_into_no_other():
+    scene = Growing(1)
+    scene.grow()
+    give_up(scene, scene.met(0, reason="too slow"))
+    (refused,) = scene.grow(2)
+    assert (type(refused), refused.reason) == (GroupGrown, "one that is to come in still lets go of an earlier try")
+    assert scene.of("x0", SegmentLoaded) == [], "said before it heard that it is to drop it"
+    assert scene.of("x0", SegmentDropped) == []
+    assert kinds(scene.grow(3)) == [MeetRanks, LoadSegment]
+
+
 def test_ranks_that_do_not_meet_in_time_change_nothing():
     scene = Growing(2)
     scene.grow()
     scene.met(0)
     give_up(scene, scene.pass_time(ANSWER_S))
     assert scene.state is GroupState.PREFILLING
-    assert scene.of("x0", SegmentLoaded)[0].worker_id == "x0", "too late: it is told to drop it once more"
+    assert scene.of("x0", SegmentLoaded) == [], "too late"
 
 
 def test_a_rank_that_has_not_met_the_others_changes_nothing():
@@ -258,6 +269,7 @@ def test_a_word_that_was_lost_is_repeated_and_an_order_is_obeyed_once():
     give_up(scene, scene.met(0, reason="nobody answers"))
     (again,) = scene.grow()
     assert (type(again), again.members) == (GroupGrown, ("w0",))
+    scene.of("x0", SegmentDropped)
     assert kinds(scene.grow(growth=2)) == [MeetRanks, LoadSegment]
 
 
