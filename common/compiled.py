@@ -36,6 +36,7 @@ MODULES = (
     "lines",
     "load_index",
     "membership",
+    "paces",
     "pecsched",
     "placement",
     "preemption",

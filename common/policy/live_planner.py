@@ -20,10 +20,14 @@ from common.policy.cluster import Cluster
 from common.policy.costs import pass_s
 from common.policy.live_costs import CHUNK_TOKENS, scheme_times
 from common.policy.long_planner import Layout
+from common.policy.paces import Paces
 from common.policy.scheduler_config import SchedulerConfig
 from common.policy.sequence_plan import EFFICIENCY_MIN, layout_of
 from common.policy.sp_shares import kv_of_rank
 from common.units import Seconds, Tokens
+
+HEARD_FROM_S = 1.0
+"""A prefill that was to take less says nothing of its degree: to begin and to end takes time as well."""
 
 
 class Rank(NamedTuple):
@@ -78,12 +82,14 @@ def plan_group(tokens: int, kv_tokens: int, ranks: Sequence[Rank], config: Sched
 
 
 class MeasuredPlanner:
-    """Groups of live workers. Implements `LongPlanner`; all workers are taken to be as fast as one of them."""
+    """Groups of live workers. Implements `LongPlanner`; all workers are taken to be as fast as one of them, and the
+    prefills of a degree to take as many times their estimate as they did lately (`paces.py`)."""
 
     def __init__(self, cluster: Cluster, config: SchedulerConfig) -> None:
         self._cluster = cluster
         self.degree_max: Final = config.group_max
         self._internode_bytes_s = config.internode_bytes_s or math.inf
+        self._paces = Paces()
 
     def degree(self, tokens: int, kv_tokens: int, free_by_node: Sequence[int], kv_free_tokens: int) -> int:
         """Enough replicas for the KV, then one more at a time, node by node, while that shortens the prefill and each
@@ -98,6 +104,7 @@ class MeasuredPlanner:
         alone_s = self.prefill_s(tokens, (1,))
         for degree in range(max(1, -(-kv_tokens // kv_free_tokens)), free + 1):
             took_s = self._least_s(profile, tokens, kv_tokens, layout_of(free_by_node, degree), kv_free_tokens)
+            took_s *= self._paces.of(degree)
             if best and alone_s < EFFICIENCY_MIN * took_s * degree:
                 break
             if took_s < best_s:
@@ -107,7 +114,14 @@ class MeasuredPlanner:
     def prefill_s(self, tokens: int, layout: Layout) -> float:
         """See `LongPlanner`. 0 while there is no worker."""
         profile = self._profile()
-        return 0.0 if profile is None else self._least_s(profile, tokens, 0, layout, 0)
+        if profile is None:
+            return 0.0
+        return self._least_s(profile, tokens, 0, layout, 0) * self._paces.of(sum(layout))
+
+    def took(self, degree: int, expected_s: float, ran_s: float) -> None:
+        """See `LongPlanner`."""
+        if expected_s >= HEARD_FROM_S:
+            self._paces.heard(degree, self._paces.of(degree) * ran_s / expected_s)
 
     def _profile(self) -> WorkerProfile | None:
         replica = next(iter(self._cluster.replicas.values()), None)

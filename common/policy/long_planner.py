@@ -29,6 +29,11 @@ class LongPlanner(Protocol):
         """Seconds its prefill takes undisturbed on a group of this layout."""
         ...
 
+    def took(self, degree: int, expected_s: float, ran_s: float) -> None:
+        """A prefill by so many replicas, or what was left of it when they became so many, ran for `ran_s`, pauses not
+        counted. `expected_s`: what `prefill_s` had said."""
+        ...
+
 
 def up_to(sizes: Iterable[int], most: int) -> list[int]:
     """The first of these, as many as come to `most`; the last of them only as far as that."""

@@ -59,7 +59,7 @@ class PauseAccount:
     def paused(self, now_s: float, done_share: float = 0.0) -> None:
         """`done_share`: how much of its work it has done, 0 … 1; 0: unknown."""
         if done_share > 0.0:
-            self.done_share, self.done_s = done_share, self._ran_s(now_s)
+            self.done_share, self.done_s = done_share, self.ran_s(now_s)
         self.paused_since_s = now_s
         self.count += 1
 
@@ -72,23 +72,24 @@ class PauseAccount:
 
     def regrouped(self, now_s: float, left_s: float, done_share: float) -> None:
         """Its group has grown, and so has `left_s` to run."""
-        self.base_s = self.done_s = self._ran_s(now_s)
+        self.base_s = self.done_s = self.ran_s(now_s)
         self.base_share = self.done_share = done_share
         self.estimate_s = self.base_s + left_s
 
     def moved_out(self, now_s: float, took_s: float, reserved: tuple[int, ...]) -> None:
         """It is worth its trouble again when the long has run for as long as the way out and back took."""
         self.spilled, self.move_s = reserved, took_s
-        self.spills_from_s = self._ran_s(now_s) + max(2.0 * took_s, EPSILON_S)
+        self.spills_from_s = self.ran_s(now_s) + max(2.0 * took_s, EPSILON_S)
 
     def may_spill(self, now_s: float) -> bool:
-        return self._ran_s(now_s) >= self.spills_from_s
+        return self.ran_s(now_s) >= self.spills_from_s
 
     def suspended_by(self, now_s: float) -> float:
         running = 0.0 if self.paused_since_s is None else now_s - self.paused_since_s
         return self.suspended_s + running
 
-    def _ran_s(self, now_s: float) -> float:
+    def ran_s(self, now_s: float) -> float:
+        """Since it started, pauses not counted."""
         if self.paused_since_s is not None:
             now_s = self.paused_since_s
         return now_s - self.started_s - self.suspended_s
@@ -100,7 +101,7 @@ class PauseAccount:
         if self.done_share > self.base_share:
             pace_s = (self.done_s - self.base_s) / (self.done_share - self.base_share)
             whole_s = self.base_s + pace_s * (1.0 - self.base_share)
-        return whole_s - self._ran_s(now_s)
+        return whole_s - self.ran_s(now_s)
 
     def budget_s(self, now_s: float, bounds: PauseBounds) -> float:
         """How much more it may yield in all, as of now (negative: overdrawn)."""

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import assert_never
 
+import msgspec
+
 from common.messages.cluster import (
     CoordinatorHeartbeat,
     CoordinatorLeft,
@@ -372,11 +374,17 @@ class Scheduler:
             return
         assert request.pauses is not None
         request.pauses.resumed(self._ledger.now_s, self._bounds)
+        self._tell_planner(request, request.pauses)
         give_back(self._ledger, request, "the prefill ended first")
         self._cluster.unseat_long(request, decodes=event.finish_reason is None)
         self._ledger.move(request, RequestState.DECODING)
         for worker_id in request.members:
             self._policy.replica_eased(worker_id, self._cluster)
+
+    def _tell_planner(self, request: Request, pauses: PauseAccount) -> None:
+        """How long it took. Of one that grew, since then."""
+        ran_s = pauses.ran_s(self._ledger.now_s) - pauses.base_s
+        self._ledger.planner.took(len(request.members), pauses.estimate_s - pauses.base_s, ran_s)
 
     def _on_group_ended(self, event: GroupFinished | GroupFailed) -> None:
         """The group is gone and its KV is free: so says the coordinator, who asked every rank."""
@@ -477,11 +485,12 @@ class Scheduler:
     def _plan_of(self, request: Request, replicas: Sequence[Replica], *, live: bool) -> GroupPlan:
         """Live groups by what their members measured. To one of one, and to a simulated one, a scheme means nothing."""
         kv_tokens = request.spec.kv_tokens
-        if live:
-            ranks = [Rank(replica.profile, replica.kv_free) for replica in replicas]
-            return plan_group(request.tokens, kv_tokens, ranks, self._config)
         layout = layout_of(self._cluster, tuple(replica.worker_id for replica in replicas))
         prefill_s = self._ledger.planner.prefill_s(request.tokens, layout)
+        if live:
+            ranks = [Rank(replica.profile, replica.kv_free) for replica in replicas]
+            plan = plan_group(request.tokens, kv_tokens, ranks, self._config)
+            return msgspec.structs.replace(plan, prefill_s=prefill_s)  # as such groups have done lately
         reserved = (kv_share(kv_tokens, len(replicas)),) * len(replicas)
         return GroupPlan(scheme=RING, reserved=reserved, prefill_s=prefill_s)
 

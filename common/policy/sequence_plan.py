@@ -214,6 +214,9 @@ class SpPlanner:
             _keep(self._plain, key, seconds)
         return seconds
 
+    def took(self, degree: int, expected_s: float, ran_s: float) -> None:
+        """Nothing new: in a simulated cluster things take as long as this says."""
+
     def decode_step_s(self, layout: Layout, kv_tokens: int) -> float:
         """See the function of this name."""
         return decode_step_s(self._model, layout, kv_tokens)

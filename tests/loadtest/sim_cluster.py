@@ -58,6 +58,9 @@ class Longs:
     def prefill_s(self, tokens: int, layout: tuple[int, ...]) -> float:
         return LONG_TOKEN_S * tokens / sum(layout)
 
+    def took(self, degree: int, expected_s: float, ran_s: float) -> None:
+        pass
+
     def step_s(self, tokens: int, layout: tuple[int, ...]) -> float:
         return LONG_STEP_S
 

@@ -121,6 +121,9 @@ class EvenPlanner:
     def prefill_s(self, tokens: int, layout: Layout) -> float:
         return 1e-3 * tokens / sum(layout)
 
+    def took(self, degree: int, expected_s: float, ran_s: float) -> None:
+        pass
+
 
 class World:
     """Deliver what is under way, in any interleaving; each sender's messages stay in order."""

@@ -116,6 +116,9 @@ class PerReplicaPlanner:
     def prefill_s(self, tokens: int, layout: Layout) -> float:
         return tokens / sum(layout) / 1_000
 
+    def took(self, degree: int, expected_s: float, ran_s: float) -> None:
+        pass
+
 
 def spec(request_id: str, tokens: int, *, max_tokens: int = 16, attempt: int = 0, router: str = "r", **more):
     return RequestSpec(

@@ -20,7 +20,7 @@ from common.messages.cluster import (
 )
 from common.messages.groups import RING, GroupScheme
 from common.messages.scheduling import RequestSubmitted
-from common.messages.sp import FormGroup
+from common.messages.sp import FormGroup, GroupFinished, GroupFormed, GroupPrefillFinished
 from common.policy import costs
 from common.policy.cluster import Cluster
 from common.policy.live_costs import WAITING, LiveModel, scheme_times
@@ -286,3 +286,47 @@ def test_a_group_is_ordered_with_its_scheme_and_the_story_tells_why():
         rank = order.members.index(replica.worker_id)
         kv_tokens = order.spec.kv_tokens
         assert replica.kv_reserved == kv_of_rank(order.scheme, 4, rank, kv_tokens, replica.profile.layer)
+
+
+def test_groups_that_take_far_longer_than_estimated_are_not_chosen_until_that_is_forgotten():
+    planner = planner_of(*pair(heads=(8, 8)))
+    estimate_s = planner.prefill_s(TOKENS, (2,))
+    assert planner.degree(TOKENS, 8_000, [2], 100_000) == 2
+    planner.took(2, 0.5, 5.0)
+    assert planner.prefill_s(TOKENS, (2,)) == estimate_s, "too short to say anything"
+    planner.took(2, estimate_s, 2.0 * estimate_s)
+    assert planner.prefill_s(TOKENS, (2,)) == 2.0 * estimate_s
+    assert planner.degree(TOKENS, 8_000, [2], 100_000) == 1
+    planner.took(2, 2.0 * estimate_s, 2.0 * estimate_s)
+    assert planner.prefill_s(TOKENS, (2,)) == 2.0 * estimate_s, "it was expected to"
+    alone_s = planner.prefill_s(TOKENS, (1,))
+    for _ in range(50):
+        planner.took(1, alone_s, alone_s)
+    assert planner.degree(TOKENS, 8_000, [2], 100_000) == 2
+
+
+def test_where_everything_is_slow_groups_are_worth_what_they_were():
+    planner = planner_of(*pair(heads=(8, 8)))
+    for degree in (1, 2):
+        planner.took(degree, 10.0, 20.0)
+    assert planner.degree(TOKENS, 8_000, [2], 100_000) == 2
+
+
+def test_the_scheduler_tells_how_long_a_group_ran_pauses_not_counted():
+    scheduler = Scheduler(SchedulerConfig(group_max=2, elastic=False, lease_s=1e3), epoch=1)
+    for name in "ab":
+        scheduler.handle(WorkerHeartbeat(profile=worker(name, heads=(8, 8))), 0.0)
+    scheduler.handle(CoordinatorHeartbeat(coordinator_id="c", incarnation="1"), 0.0)
+
+    def long(name: str, at_s: float, takes_s: float) -> FormGroup:
+        commands = scheduler.handle(RequestSubmitted(spec=spec(name, TOKENS)), at_s)
+        (order,) = [command for command in commands if isinstance(command, FormGroup)]
+        about = {"request_id": order.spec.request_id, "attempt": 0}
+        scheduler.handle(GroupFormed(**about), at_s)
+        scheduler.handle(GroupPrefillFinished(**about, compute_s=0.0), at_s + takes_s)
+        scheduler.handle(GroupFinished(**about, finish_reason="stop", generated=1), at_s + takes_s)
+        scheduler.check()
+        return order
+
+    assert len(long("slow", 1.0, 20.0).members) == 2
+    assert len(long("next", 30.0, 9.0).members) == 1
