@@ -19,11 +19,11 @@ def tokens_beside(
     """How many short tokens may share a pass on this worker with the rows of longs that decode, so that each long's
     next token comes within `itl_s_max`.
 
-    From one token to the next a long waits for `passes` passes at most: one, or as many as its group has ranks, since
-    rank 0 calls the others one after another and each may just have begun a pass of its own shorts; and as often as
-    groups take turns. Each of these passes may so take `itl_s_max / passes`: its fixed part, its rows (`rows_s`), and
-    what is returned. By every member's own measured cost: together they are as fast as the slowest. Never less than a
-    grain: where the bound cannot be kept, shorts come first.
+    From one token to the next a long waits for `passes` passes at most: for one, in which all ranks of its group take
+    part, as often as groups take turns; for passes without its rank 0 as often as it has ranks, since that calls the
+    others one after another, and each may just have begun one. Each of these passes may so take `itl_s_max / passes`:
+    its fixed part, its rows (`rows_s`), and what is returned. By every member's own measured cost: together they are as
+    fast as the slowest. Never less than a grain: where the bound cannot be kept, shorts come first.
 
     `past`: computed tokens of the short that comes first."""
     budget_s = itl_s_max / passes - cost.pass_s - rows_s

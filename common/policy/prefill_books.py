@@ -25,7 +25,7 @@ from common.policy.prefill_events import (
 )
 from common.policy.prefill_jobs import MOVING, Job, LongJob, LongState, Meeting, ShortJob, ShortState, Verdict
 from common.policy.prefill_outbox import Outbox
-from common.policy.prefill_passes import PassKind, next_pass, running_long, turn_s
+from common.policy.prefill_passes import PassKind, call_due_s, next_pass, running_long, turn_s
 from common.policy.prefill_spill import MOVED, stop_moving
 from common.policy.sp_shares import misfit
 from common.policy.story import OF_A_WORKER, StoryLog
@@ -55,8 +55,8 @@ class PrefillBooks:
         self.last_kind: PassKind | None = None
         self.out = Outbox(config.worker_id, config.layers)
         self.now_s = 0.0
-        self.turn_ends_s: float | None = None
-        """When the chunk that runs has held up what decodes here for long enough; None: it holds up nothing."""
+        self.wakes_s: float | None = None
+        """When something is to be done though nothing happens: see `end_turn`."""
         self._places = 0
         self._passes = 0
         self._stories = StoryLog(OF_A_WORKER)
@@ -220,7 +220,7 @@ class PrefillBooks:
         if self.running is not None:
             return
         self._refuse_wrong_calls()
-        plan = next_pass(self.config, self.shorts(), self.longs(), self.last_kind)
+        plan = next_pass(self.config, self.shorts(), self.longs(), self.last_kind, self.now_s)
         if plan is None:
             return
         self._passes += 1
@@ -235,10 +235,15 @@ class PrefillBooks:
 
     def end_turn(self) -> None:
         """Stop the chunk that runs, if others have waited for a step of theirs for long enough. A follower's chunk
-        stops when that of rank 0 does."""
-        self.turn_ends_s = None
+        stops when that of rank 0 does. Without a pass: when shorts wait no longer for the call to a row."""
+        self.wakes_s = None
         running = self.running
-        if running is None or running.kind != "chunk" or running.stopping or running.breaking:
+        if running is None:
+            due_s = call_due_s(self.longs())
+            held_back = due_s > self.now_s and any(short.state is ShortState.READY for short in self.shorts())
+            self.wakes_s = due_s if held_back else None
+            return
+        if running.kind != "chunk" or running.stopping or running.breaking:
             return
         long = self.jobs[running.segments[0].request_id]
         if not isinstance(long, LongJob) or long.follows:
@@ -249,7 +254,7 @@ class PrefillBooks:
         if self.now_s >= running.begun_s + turn:
             self.stop_pass()
         else:
-            self.turn_ends_s = running.begun_s + turn
+            self.wakes_s = running.begun_s + turn
 
     def _refuse_wrong_calls(self) -> None:
         """Rank 0 calls to what does not follow from what was done here: one of the two has lost count."""
@@ -339,7 +344,7 @@ class PrefillBooks:
                 self._require(not (in_pass and job.state in MOVED), job, "is in a pass while its KV is elsewhere")
                 self._require(job.chunk_steps < self.config.layers, job, f"stands at step {job.chunk_steps}")
         if self.running is None:
-            left = next_pass(self.config, self.shorts(), self.longs(), self.last_kind)
+            left = next_pass(self.config, self.shorts(), self.longs(), self.last_kind, self.now_s)
             if left is not None:
                 raise InvariantViolated(f"the engine idles while {left} could run")
             return

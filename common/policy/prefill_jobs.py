@@ -11,6 +11,7 @@ follower counts the same tokens and steps, runs what it is called to and nothing
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
@@ -229,6 +230,8 @@ class LongJob(Job):
     """Shared, being opened: the other ranks are waited for no more. Being moved: that was told to end."""
     owes_running: bool = False
     """Follower: told to run, and a short stands in the way."""
+    advanced_s: float = -math.inf
+    """When its last chunk ended, or row."""
     row_pass_id: int = 0
     """Shared: the last pass in which it had a row."""
     running_since_s: float | None = None

@@ -16,13 +16,16 @@ In order:
    is split over several passes.
 
 Of shared longs (see `prefill_jobs.py`) a pass has one at most, since all ranks must take them in the same order. A
-follower's chunk or row is there when rank 0 has called it, and then stands where one of its own would; between two
-chunks it holds back shorts all the same, and between two rows it takes of shorts no more than beside a row, since rank
-0 waits for it.
+follower's chunk or row is there when rank 0 has called it, and then stands where one of its own would. Between two
+chunks it holds back shorts all the same. Between two rows it does so for as long as the next call takes to come
+(`CALL_S`): so shorts are computed in the group's passes, on all members at once, and these may be as long as the bound
+allows. When no call comes, rank 0 has something else to do; then shorts go on in small passes, since it may call at
+any time and waits for whoever is in one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -33,6 +36,10 @@ from common.policy import costs
 from common.policy.colocation import tokens_beside
 from common.policy.prefill_events import PassSegment, PrefillWorkerConfig
 from common.policy.prefill_jobs import LongJob, LongState, ShortJob, ShortState
+
+CALL_S = 0.05
+"""After a pass with a row of a group, so long do followers wait for the call to the next. (A few milliseconds where a
+core is free; several ranks and a decode worker on two cores: some tens.)"""
 
 PassKind = Literal["shorts", "chunk", "decode"]
 
@@ -50,8 +57,9 @@ def next_pass(
     shorts: Sequence[ShortJob],
     longs: Iterable[LongJob],
     last_kind: PassKind | None,
+    now_s: float,
 ) -> PassPlan | None:
-    """What to run now; None: nothing to do. Called when no pass runs."""
+    """What to run now; None: nothing to do, or not yet (`call_due_s`). Called when no pass runs."""
     ready = sorted((short for short in shorts if short.state is ShortState.READY), key=_turn)
     held = list(longs)
     decoding = [long for long in held if long.state is LongState.DECODING]
@@ -67,9 +75,15 @@ def next_pass(
         return PassPlan(kind="shorts", segments=packed)
     if rows:
         return _decode(config, rows, [] if long is not None else ready[:rows_left], decoding)
-    if ready and long is None:
+    if ready and long is None and (ready[0].exclusive or now_s >= call_due_s(decoding)):
         return _shorts(config, ready[: config.rows_max], decoding)
     return None
+
+
+def call_due_s(longs: Iterable[LongJob]) -> float:
+    """Until then a follower waits for the call to the next row of a group; -inf: for none."""
+    rows = (long for long in longs if long.state is LongState.DECODING and long.follows and long.called is None)
+    return max((long.advanced_s + CALL_S for long in rows), default=-math.inf)
 
 
 def turn_s(config: PrefillWorkerConfig, shorts: Iterable[ShortJob], longs: Iterable[LongJob]) -> float | None:
@@ -114,7 +128,7 @@ def _shorts(config: PrefillWorkerConfig, ready: Sequence[ShortJob], decoding: Se
     """Shorts and nothing else, though rank 0 may call for the row of a long that decodes here."""
     room, split_any = config.batch_tokens_max, False
     if decoding and not ready[0].exclusive:
-        room, split_any = _room(config, [], ready, decoding), True
+        room, split_any = _room(config, [], ready, decoding, uncalled=True), True
         ready = list(takewhile(lambda short: not short.exclusive, ready))
     return PassPlan(kind="shorts", segments=pack(ready, room, split_any=split_any))
 
@@ -141,8 +155,11 @@ def _room(
     rows: Sequence[ShortJob | LongJob],
     ready: Sequence[ShortJob],
     decoding: Sequence[LongJob],
+    *,
+    uncalled: bool = False,
 ) -> int:
-    """Tokens of shorts in a pass with these rows where these longs decode."""
+    """Tokens of shorts in a pass with these rows where these longs decode. `uncalled`: rank 0 of none of them takes
+    part in it; it waits for one rank after another, each of which may just have begun such a pass."""
     if not ready:
         return 0
     sizes = [long.size for long in decoding if long.is_shared]
@@ -150,7 +167,7 @@ def _room(
         config.step_cost,
         sum(_row_s(config.step_cost, row) for row in rows),
         itl_s_max=config.long_itl_s_max,
-        passes=max(1, len(sizes)) * max(sizes, default=1),
+        passes=max(1, len(sizes)) * (max(sizes, default=1) if uncalled else 1),
         past=ready[0].prefilled,
         tokens_max=config.colocated_tokens_max,
     )

@@ -133,9 +133,9 @@ class PrefillWorkerCore:
         return self.books.out.take()
 
     def next_deadline_s(self) -> float | None:
-        """When a chunk makes way for what decodes here. (Every other wait is for an effect that is bounded where it is
-        performed.)"""
-        return self.books.turn_ends_s
+        """When a chunk makes way for what decodes here, or shorts are not held back any longer for a call. (Every other
+        wait is for an effect that is bounded where it is performed.)"""
+        return self.books.wakes_s
 
     @property
     def idle(self) -> bool:
@@ -384,6 +384,7 @@ class PrefillWorkerCore:
         job.prefilled += segment.tokens
         job.steps += self.books.config.layers
         job.chunk_tokens = job.chunk_steps = 0
+        job.advanced_s = self.books.now_s
         if job.verdict is not None:
             self.books.settle(job)
         elif job.remaining:
@@ -410,6 +411,8 @@ class PrefillWorkerCore:
             self.books.settle(job)
             return
         job.generated += 1
+        if isinstance(job, LongJob):
+            job.advanced_s = self.books.now_s
         if token is None:
             return  # rank 0 has it; checked by the caller
         reason = finish_reason(job.spec, token.token_id, job.generated)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from common.messages.cluster import StepCost
 from common.messages.decode import DecodeFailed
 from common.messages.groups import Announcement, GroupScheme
 from common.messages.prefill import KvReleased, PrefillFailed, PrefillFinished
@@ -27,10 +28,12 @@ from common.messages.sp import (
 )
 from common.policy.prefill_events import GroupCalled
 from common.policy.prefill_jobs import LongJob, LongState
+from common.policy.prefill_passes import CALL_S
+from common.policy.prefill_worker import PrefillWorkerCore
 from common.policy.sp_group import GroupState
 from common.units import RequestId, WorkerId
 from tests.policy.group_world import GroupWorld
-from tests.policy.prefill_world import LAYERS, WORKER, World, run_prefill, spec
+from tests.policy.prefill_world import LAYERS, WORKER, World, config, run_prefill, spec
 
 LONG = RequestId("long")
 STATES = ["forming", "prefilling", "pausing", "paused", "resuming", "decoding", "finishing"]
@@ -172,8 +175,8 @@ def share(tokens: int, name: RequestId = LONG, rank: int = 1, **changes: Any) ->
     return LoadSegment(worker_id=WORKER, spec=spec(name, tokens), **({"rank": rank} | values | changes))
 
 
-def follower(tokens: int = 1_500) -> World:
-    world = World(group=Quiet())
+def follower(tokens: int = 1_500, **changes: Any) -> World:
+    world = World(core=PrefillWorkerCore(config(**changes)), group=Quiet())
     world.tell(share(tokens))
     world.tell(run())
     return world
@@ -202,8 +205,8 @@ def job(world: World) -> LongJob:
     return found
 
 
-def decoding_follower() -> World:
-    world = follower(600)
+def decoding_follower(**changes: Any) -> World:
+    world = follower(600, **changes)
     call(world, 0, 600)
     world.finish()
     assert world.of(SegmentPrefilled)
@@ -311,7 +314,8 @@ def test_a_followers_chunk_stops_with_that_of_rank_0_and_lets_a_called_row_in():
 def test_a_row_shares_the_pass_with_shorts_that_wait_and_draws_nothing_here():
     world = decoding_follower()
     world.tell(run_prefill(spec("a", 100)))
-    assert running(world) == [("a", 0, 100)], "not called: it does not wait for it"
+    world.tick(CALL_S)
+    assert running(world) == [("a", 0, 100)], "not called: it waits no longer"
     world.tell(run_prefill(spec("b", 100)))
     world.tell(run_prefill(spec("c", 150)))
     call(world, 600, 1, kind="row", pass_no=2)
@@ -320,15 +324,24 @@ def test_a_row_shares_the_pass_with_shorts_that_wait_and_draws_nothing_here():
     assert running(world) == [(LONG, 600, 1), ("b", 0, 100), ("c", 0, 92)], "at most 192 tokens beside it"
     assert [segment.sample for segment in world.running.segments] == [False, True, False]
     world.finish()
-    assert running(world) == [("c", 92, 58)]
+    assert running(world) == [], "the next call is about to come"
+    assert world.core.next_deadline_s() == pytest.approx(2 * CALL_S)
+    call(world, 601, 1, kind="row", pass_no=3)
+    assert running(world) == [(LONG, 601, 1), ("c", 92, 58)]
+    world.finish()
     assert world.tokens_of(LONG) == []
-    assert job(world).next_position == 601
+    assert job(world).next_position == 602
 
 
-def test_between_two_rows_shorts_are_taken_in_small_passes():
-    world = decoding_follower()
+def test_where_no_call_comes_shorts_are_taken_in_small_passes():
+    cost = StepCost(pass_s=0.05, token_s=1e-3, pair_s=0.0)
+    world = decoding_follower(step_cost=cost, long_itl_s_max=0.25)
     world.tell(run_prefill(spec("a", 400)))
-    assert running(world) == [("a", 0, 192)], "rank 0 may call at any time"
+    world.tick(CALL_S)
+    assert running(world) == [("a", 0, 75)], "half of the time: rank 0 may call at any time, and has passes itself"
+    call(world, 600, 1, kind="row", pass_no=2)
+    world.finish()
+    assert running(world) == [(LONG, 600, 1), ("a", 75, 192)], "with it, all of the time"
 
 
 def test_only_one_shared_row_in_a_pass_and_they_take_turns():
