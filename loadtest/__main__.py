@@ -59,6 +59,7 @@ def _mixed_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="measure PecSched with groups of up to N workers, too",
     )
+    parser.add_argument("--rounds", type=positive, default=1, help="of PecSched without groups and with, in turn [1]")
     parser.add_argument("--shorts", type=positive, default=defaults.shorts, help="at least so many per setting [200]")
     parser.add_argument("--longs", type=not_negative, default=defaults.longs, help="at least so many per setting [8]")
     parser.add_argument(
@@ -87,6 +88,7 @@ def _mixed(flags: argparse.Namespace) -> dict[str, Any]:
             serve_flags=tuple(shlex.split(flags.serve)),
             pecsched_flags=tuple(shlex.split(flags.serve_pecsched)),
             groups=flags.groups,
+            rounds=flags.rounds,
         )
     )
 

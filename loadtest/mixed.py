@@ -22,6 +22,8 @@ latencies are what workers measured (short ready at the worker, or order receive
 coordinator tells the scheduler in `GroupPaused`, overheard on NATS. A failed request is counted, and in no latency.
 
 With --groups N there is one more, the very same arrivals once more: PecSched, and longs prefilled by up to N workers.
+With --rounds R both, PecSched without groups and with, are measured R times in turn, each round with arrivals of its
+own; the comparison is the median of the rounds.
 
 With --url, the cluster there is measured as it is: shorts alone, and mixed under whatever policy it runs.
 """
@@ -46,7 +48,7 @@ from loadtest import report
 from loadtest.client import Client
 from loadtest.cluster import Place, busy_slots, observing, served, view_of
 from loadtest.runner import MeasurementFailed, OpenLoopRun, run_closed_loop, run_in_turn, run_open_loop
-from loadtest.stats import mean, percentiles, ratio
+from loadtest.stats import mean, percentile, percentiles, ratio
 from loadtest.workload import LONG_TOKENS, OUTPUT_TOKENS, SHORT_TOKENS, Ask, Schedule, even_asks, make_schedule
 
 SHORT_SHARE = 0.4
@@ -60,6 +62,8 @@ FLAT = 1.05
 LEVELS = (4, 8, 16, 32)
 WARM_UP_ALONE, WARM_UP_CROWD = 2, 12
 ANSWER_S = 300.0
+ROUND_SEEDS = 1_000
+"""From the seed of one round to that of the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,8 @@ class MixedOptions:
     """More of them where the policy is pecsched."""
     groups: int = 0
     """Workers that may share a long in one more setting; 0: there is none."""
+    rounds: int = 1
+    """Of PecSched without groups, and with."""
 
 
 @dataclass(slots=True)
@@ -130,6 +136,8 @@ def run(options: MixedOptions) -> dict[str, Any]:
     """Everything, in order. Raises: PecSchedError."""
     if options.url and (options.serve_flags or options.pecsched_flags):
         raise MeasurementFailed("--serve and --serve-pecsched are for clusters started here: leave them out with --url")
+    if options.rounds > 1 and not options.groups:
+        raise MeasurementFailed("--rounds are of PecSched without groups and with: say --groups N, too")
     if options.url and options.groups:
         raise MeasurementFailed("--groups starts a cluster of its own: leave it out with --url")
     return asyncio.run(_run(options))
@@ -153,6 +161,8 @@ class Bench:
         self.options = options
         self.rates = Rates()
         self.schedule = Schedule(())
+        self.rounds: list[tuple[Setting, Setting]] = []
+        """PecSched without groups, and with."""
         self._bars = bars
 
     async def all_settings(self) -> dict[str, Setting]:
@@ -162,12 +172,21 @@ class Bench:
             settings["shorts_only"] = await self.measure("shorts only", place, client, self.schedule.only("short"))
         async with self._cluster("fifo") as (place, client):
             settings["fifo"] = await self.measure("mixed, fifo", place, client, self.schedule)
-        async with self._cluster("pecsched") as (place, client):
-            settings["pecsched"] = await self.measure("mixed, pecsched", place, client, self.schedule)
+        settings["pecsched"] = await self._mixed(self.schedule)
         if self.options.groups:
-            async with self._cluster("pecsched", "--group-max", str(self.options.groups)) as (place, client):
-                settings["groups"] = await self.measure("mixed, groups", place, client, self.schedule)
+            settings["groups"] = await self._mixed(self.schedule, groups=True)
+            self.rounds = [(settings["pecsched"], settings["groups"])]
+            for number in range(1, self.options.rounds):
+                schedule, groups_first = self._schedule(number), number % 2 == 1
+                first = await self._mixed(schedule, groups=groups_first)
+                second = await self._mixed(schedule, groups=not groups_first)
+                self.rounds.append((second, first) if groups_first else (first, second))
         return settings
+
+    async def _mixed(self, schedule: Schedule, *, groups: bool = False) -> Setting:
+        flags = ("--group-max", str(self.options.groups)) if groups else ()
+        async with self._cluster("pecsched", *flags) as (place, client):
+            return await self.measure("mixed, groups" if groups else "mixed, pecsched", place, client, schedule)
 
     async def at_url(self) -> dict[str, Setting]:
         place = Place(self.options.url, self.options.nats_url, here=False)
@@ -215,8 +234,13 @@ class Bench:
         rates.short_rps = options.short_rps or await self._find_short_rps(client)
         if options.longs:
             rates.long_rps = options.long_rps or await self._find_long_rps(client, rates.slots)
-        self.schedule = make_schedule(
-            options.seed,
+        self.schedule = self._schedule(0)
+
+    def _schedule(self, number: int) -> Schedule:
+        """Of this round."""
+        rates, options = self.rates, self.options
+        return make_schedule(
+            options.seed + ROUND_SEEDS * number,
             short_rps=rates.short_rps,
             long_rps=rates.long_rps,
             shorts_min=options.shorts,
@@ -364,11 +388,6 @@ def _run_facts(
     def jct(name: str) -> float | None:
         return figures[name]["long_jct_s"]["mean"] if figures.get(name) else None
 
-    grouped = {
-        "group_max": options.groups,
-        "short_p99_groups_to_pecsched": ratio(p99("groups"), p99("pecsched")),
-        "long_jct_groups_to_pecsched": ratio(jct("groups"), jct("pecsched")),
-    }
     return {
         "seed": options.seed,
         "short_capacity_rps": rates.short_capacity_rps,
@@ -391,7 +410,20 @@ def _run_facts(
         "machine_busy": {name: setting.machine_busy for name, setting in settings.items()},
         "workers_per_long": {name: setting.workers_per_long for name, setting in settings.items()},
         "failures": {name: _distinct(setting.run.failures) for name, setting in settings.items()},
-        **(grouped if options.groups else {}),
+        **(_grouped(options.groups, bench.rounds) if options.groups else {}),
+    }
+
+
+def _grouped(group_max: int, rounds: Sequence[tuple[Setting, Setting]]) -> dict[str, Any]:
+    """What groups are worth: each round, and the medians."""
+    figures = [(without.figures(), with_groups.figures()) for without, with_groups in rounds]
+    p99s = [ratio(b["short_ttft_s"]["p99"], a["short_ttft_s"]["p99"]) for a, b in figures]
+    jcts = [ratio(b["long_jct_s"]["mean"], a["long_jct_s"]["mean"]) for a, b in figures]
+    return {
+        "group_max": group_max,
+        "rounds": [{"pecsched": a, "groups": b} for a, b in figures],
+        "short_p99_groups_to_pecsched": percentile([times for times in p99s if times is not None], 50),
+        "long_jct_groups_to_pecsched": percentile([times for times in jcts if times is not None], 50),
     }
 
 

@@ -80,6 +80,19 @@ def _notes(figures: Mapping[str, Any]) -> list[str]:
             report.target(f"mean long JCT with groups of up to {most} / without", long, GROUPS_MAX, report.times),
             report.target(f"short p99 with groups of up to {most} / without", short, GROUPS_MAX, report.times),
         ]
+        if len(run["rounds"]) > 1:
+            notes.append(f"(medians of {len(run['rounds'])} rounds; the table is of the first)")
+            notes += [_round(number, each) for number, each in enumerate(run["rounds"], 1)]
     for name, failures in run["failures"].items():
         notes += [f"failed, {SETTINGS[name]}: {failure}" for failure in failures]
     return notes
+
+
+def _round(number: int, figures: Mapping[str, Any]) -> str:
+    without, with_groups = figures["pecsched"], figures["groups"]
+
+    def both(title: str, pick: Callable[[Any], Any], form: Callable[[Any], str]) -> str:
+        return f"{title} {form(pick(without))} without, {form(pick(with_groups))} with"
+
+    long = both("mean long JCT", lambda f: f["long_jct_s"]["mean"], report.s)
+    return f"  round {number}: {long}; {both('short p99', lambda f: f['short_ttft_s']['p99'], report.ms)}"
