@@ -159,7 +159,7 @@ class SchedulerSettings(CommonSettings, frozen=True, kw_only=True):
     ] = 0.9
     pause_immunity_s: Annotated[
         Duration, _PAUSES, Meta(description="after a pause, how long a prefill runs undisturbed")
-    ] = 0.1
+    ] = 0.05
     pause_remaining_min_s: Annotated[
         Wait, _PAUSES, Meta(description="a prefill with less than this left is not paused")
     ] = 0.1

@@ -17,7 +17,7 @@ class SchedulerConfig(Record, frozen=True, kw_only=True):
     heartbeat_s: float = 1.0
     pause_max_s: float = 10.0
     pause_share_max: float = 0.9
-    pause_immunity_s: float = 0.1
+    pause_immunity_s: float = 0.05
     pause_remaining_min_s: float = 0.1
     wait_instead_of_pause_s: float = 0.05
     colocated_tokens_max: int = 192
