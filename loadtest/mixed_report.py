@@ -95,4 +95,5 @@ def _round(number: int, figures: Mapping[str, Any]) -> str:
         return f"{title} {form(pick(without))} without, {form(pick(with_groups))} with"
 
     long = both("mean long JCT", lambda f: f["long_jct_s"]["mean"], report.s)
-    return f"  round {number}: {long}; {both('short p99', lambda f: f['short_ttft_s']['p99'], report.ms)}"
+    short = both("short p99", lambda f: f["short_ttft_s"]["p99"], report.ms)
+    return f"  round {number}: {long}; {short}; {both('failed', lambda f: f['failed'], str)}"

@@ -30,6 +30,12 @@ def tokens_beside(
     return max(tokens_within(cost, budget_s, past, tokens_max), min(CHUNK_GRAIN_TOKENS, tokens_max))
 
 
+def turn_s(step_s: float, itl_s_max: float) -> float:
+    """How long a chunk of a long runs between two steps, of `step_s` each, of what decodes on the same worker: what these
+    leave of the bound, and as long as a step at the least, so that neither side gets less than half."""
+    return max(itl_s_max - step_s, step_s)
+
+
 def has_room(replica: Replica, tokens: int, cap_tokens: int) -> bool:
     """Whether `tokens` more share the next step or two. An empty replica takes one short of any length: the
     worker cuts it into pieces of `cap_tokens`."""

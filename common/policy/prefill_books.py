@@ -25,7 +25,7 @@ from common.policy.prefill_events import (
 )
 from common.policy.prefill_jobs import MOVING, Job, LongJob, LongState, Meeting, ShortJob, ShortState, Verdict
 from common.policy.prefill_outbox import Outbox
-from common.policy.prefill_passes import PassKind, call_due_s, next_pass, running_long, turn_s
+from common.policy.prefill_passes import PassKind, call_due_s, chunk_turn_s, next_pass, running_long
 from common.policy.prefill_spill import MOVED, stop_moving
 from common.policy.sp_shares import misfit
 from common.policy.story import OF_A_WORKER, StoryLog
@@ -56,7 +56,7 @@ class PrefillBooks:
         self.out = Outbox(config.worker_id, config.layers)
         self.now_s = 0.0
         self.wakes_s: float | None = None
-        """When something is to be done though nothing happens: see `end_turn`."""
+        """When something is to be done though nothing happens: see `keep_time`."""
         self._places = 0
         self._passes = 0
         self._stories = StoryLog(OF_A_WORKER)
@@ -233,28 +233,30 @@ class PrefillBooks:
         for segment in plan.segments:
             self._started(self.jobs[segment.request_id], segment)
 
-    def end_turn(self) -> None:
-        """Stop the chunk that runs, if others have waited for a step of theirs for long enough. A follower's chunk
-        stops when that of rank 0 does. Without a pass: when shorts wait no longer for the call to a row."""
-        self.wakes_s = None
+    def keep_time(self) -> None:
+        """Do what is due, and find out when something is next, though nothing else happens."""
         running = self.running
-        if running is None:
-            due_s = call_due_s(self.longs())
-            held_back = due_s > self.now_s and any(short.state is ShortState.READY for short in self.shorts())
-            self.wakes_s = due_s if held_back else None
-            return
+        self.wakes_s = self._shorts_go_on_s() if running is None else self._turn_ends_s(running)
+        if running is not None and self.wakes_s is not None and self.now_s >= self.wakes_s:
+            self.wakes_s = None
+            self.stop_pass()
+
+    def _shorts_go_on_s(self) -> float | None:
+        """When shorts wait no longer for the call to a row; None: they do not."""
+        due_s = call_due_s(self.longs())
+        held_back = due_s > self.now_s and any(short.state is ShortState.READY for short in self.shorts())
+        return due_s if held_back else None
+
+    def _turn_ends_s(self, running: RunningPass) -> float | None:
+        """When a chunk has held up what decodes here for long enough; None: it holds up nothing, stops already, or is a
+        follower's, which stops when that of rank 0 does."""
         if running.kind != "chunk" or running.stopping or running.breaking:
-            return
+            return None
         long = self.jobs[running.segments[0].request_id]
         if not isinstance(long, LongJob) or long.follows:
-            return
-        turn = turn_s(self.config, self.shorts(), self.longs())
-        if turn is None:
-            return
-        if self.now_s >= running.begun_s + turn:
-            self.stop_pass()
-        else:
-            self.wakes_s = running.begun_s + turn
+            return None
+        turn = chunk_turn_s(self.config, self.shorts(), self.longs())
+        return None if turn is None else running.begun_s + turn
 
     def _refuse_wrong_calls(self) -> None:
         """Rank 0 calls to what does not follow from what was done here: one of the two has lost count."""

@@ -8,7 +8,7 @@ In order:
 3. What decodes here takes part in every pass of shorts with one row each, so that weights are read once for both and
    the tokens keep coming. Where a long decodes, of the shorts' tokens only as many as keep its inter-token latency
    (`colocation.py`). While another long prefills, the rows and parts of its chunks alternate: a chunk that has held up
-   rows for as long as their inter-token latency allows (`turn_s`) is stopped at its next step, like one that is
+   rows for as long as their inter-token latency allows (`chunk_turn_s`) is stopped at its next step, like one that is
    paused, and continues after a pass of the rows.
 4. An *exclusive* short shares no pass with a long's decode: its passes run without rows, one decode step at least
    between two such shorts (or packs of them).
@@ -33,7 +33,7 @@ from typing import Literal
 
 from common.messages.cluster import StepCost
 from common.policy import costs
-from common.policy.colocation import tokens_beside
+from common.policy.colocation import tokens_beside, turn_s
 from common.policy.prefill_events import PassSegment, PrefillWorkerConfig
 from common.policy.prefill_jobs import LongJob, LongState, ShortJob, ShortState
 
@@ -86,14 +86,13 @@ def call_due_s(longs: Iterable[LongJob]) -> float:
     return max((long.advanced_s + CALL_S for long in rows), default=-math.inf)
 
 
-def turn_s(config: PrefillWorkerConfig, shorts: Iterable[ShortJob], longs: Iterable[LongJob]) -> float | None:
-    """How long a chunk may run on while what decodes here waits for its next step; None: nothing waits. What that step
-    leaves of `long_itl_s_max`, and as long as the step itself at the least: neither side gets less than half."""
+def chunk_turn_s(config: PrefillWorkerConfig, shorts: Iterable[ShortJob], longs: Iterable[LongJob]) -> float | None:
+    """How long a chunk may run on while what decodes here waits for its next step; None: nothing waits."""
     rows = _rows_of_longs([long for long in longs if long.state is LongState.DECODING]) + _rows_of_shorts(shorts)
     if not rows:
         return None
     step_s = config.step_cost.pass_s + sum(_row_s(config.step_cost, row) for row in rows)
-    return max(config.long_itl_s_max - step_s, step_s)
+    return turn_s(step_s, config.long_itl_s_max)
 
 
 def _rows_of_longs(decoding: Sequence[LongJob]) -> list[ShortJob | LongJob]:

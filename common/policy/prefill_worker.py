@@ -128,7 +128,7 @@ class PrefillWorkerCore:
             case _:
                 assert_never(event)
         self.books.start_next_pass()
-        self.books.end_turn()
+        self.books.keep_time()
         self.books.answer_runs()
         return self.books.out.take()
 

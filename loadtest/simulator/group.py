@@ -25,6 +25,7 @@ from common.messages.sp import (
     GroupPrefillFinished,
     GroupResumed,
 )
+from common.policy import colocation
 from common.policy.long_planner import Layout
 from common.policy.scheduler_io import SchedulerEvent
 from loadtest.simulator.growth import Progress, Try, names_of
@@ -307,8 +308,8 @@ class Group:
         self._prefill.set_rate(self._speed() * turn_s / (turn_s + drag_s))
 
     def turn_s(self, step_s: float) -> float:
-        """How long it prefills between two decode steps of others that take so long each, and as long at least."""
-        return min(self.chunk_s, max(self._site.limits.long_itl_s_max - step_s, step_s))
+        """How long it prefills between two decode steps of others that take so long each."""
+        return min(self.chunk_s, colocation.turn_s(step_s, self._site.limits.long_itl_s_max))
 
     def _prefilled(self) -> None:
         job, now_s = self.job, self._site.timeline.now_s

@@ -213,6 +213,15 @@ def decoding_follower(**changes: Any) -> World:
     return world
 
 
+def with_another(world: World, tokens: int) -> RequestId:
+    """A long of which this worker is rank 0, prefilled in one pass."""
+    other = RequestId("other")
+    world.tell(share(tokens, other, rank=0))
+    world.tell(RunSegment(worker_id=WORKER, request_id=other, attempt=0))
+    world.finish()
+    return other
+
+
 def test_a_follower_begins_nothing_by_itself_and_holds_back_shorts():
     world = follower()
     assert world.of(SegmentLoaded)
@@ -295,10 +304,7 @@ def test_a_follower_stops_when_rank_0_does_and_says_where():
 
 def test_a_followers_chunk_stops_with_that_of_rank_0_and_lets_a_called_row_in():
     world = follower()
-    other = RequestId("other")
-    world.tell(share(1, other, rank=0))
-    world.tell(RunSegment(worker_id=WORKER, request_id=other, attempt=0))
-    world.finish()
+    other = with_another(world, 1)
     call(world, 0, 1_000)
     assert world.core.next_deadline_s() is None, "it cannot stop by itself"
     world.tick(1.0)
@@ -346,10 +352,7 @@ def test_where_no_call_comes_shorts_are_taken_in_small_passes():
 
 def test_only_one_shared_row_in_a_pass_and_they_take_turns():
     world = decoding_follower()
-    other = RequestId("other")
-    world.tell(share(500, other, rank=0))
-    world.tell(RunSegment(worker_id=WORKER, request_id=other, attempt=0))
-    world.finish()
+    other = with_another(world, 500)
     rows = []
     for number in range(6):
         rows += [name for name, _, tokens in running(world) if tokens == 1]
