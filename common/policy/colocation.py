@@ -31,8 +31,8 @@ def tokens_beside(
 
 
 def turn_s(step_s: float, itl_s_max: float) -> float:
-    """How long a chunk of a long runs between two steps, of `step_s` each, of what decodes on the same worker: what these
-    leave of the bound, and as long as a step at the least, so that neither side gets less than half."""
+    """How long a chunk of a long runs between two steps, of `step_s` each, of what decodes on the same worker: what
+    these leave of the bound, and as long as a step at the least, so that neither side gets less than half."""
     return max(itl_s_max - step_s, step_s)
 
 
