@@ -27,6 +27,8 @@ class GroupScheme(Record, frozen=True, kw_only=True):
     attention: Stage = "ulysses"
     """Means nothing where `per_node` is 1, as does `mlp`."""
     mlp: Stage = "ulysses"
+    gathers: bool = False
+    """When the prompt is done, rank 0 has the KV of all and decodes alone; the others are free. Of a ring alone."""
 
     def name(self, size: int) -> str:
         """For people: "ring 2", "ulysses 3", "ring 2 x megatron/ulysses 2" (attention first)."""
@@ -38,6 +40,7 @@ class GroupScheme(Record, frozen=True, kw_only=True):
 
 RING = GroupScheme()
 """Between all ranks: what a group does if nobody asks for more."""
+GATHERED_RING = GroupScheme(gathers=True)
 
 
 class Announcement(Record, frozen=True, kw_only=True):

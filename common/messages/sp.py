@@ -136,7 +136,7 @@ class GroupNotSpilled(Message, frozen=True, kw_only=True):
 
 
 class GroupPrefillFinished(Message, frozen=True, kw_only=True):
-    """The first token is out; the group decodes from here on where its KV lies. A pause asked for
+    """The first token is out; from here on the long decodes where its KV lies. A pause asked for
     meanwhile is void."""
 
     request_id: RequestId
@@ -144,6 +144,9 @@ class GroupPrefillFinished(Message, frozen=True, kw_only=True):
     compute_s: Seconds
     finish_reason: FinishReason | None = None
     """Set when the first token was also the last."""
+    members: tuple[WorkerId, ...] = ()
+    """Who decodes it, in rank order: rank 0 alone where it has gathered all KV. Of those who are not named any more
+    nobody needs the share. Nobody named (by an older coordinator): all members."""
 
 
 class GroupFinished(Message, frozen=True, kw_only=True):
@@ -323,7 +326,8 @@ class SegmentNotSpilled(Message, frozen=True, kw_only=True):
 
 
 class SegmentPrefilled(Message, frozen=True, kw_only=True):
-    """This rank's share is done; on rank 0, which samples, the first token is out. Decode begins."""
+    """This rank's share is done; on rank 0, which samples, the first token is out. Decode begins: where rank 0 gathers
+    all KV, on rank 0 alone, and the others wait to be told to drop theirs."""
 
     worker_id: WorkerId
     request_id: RequestId

@@ -51,6 +51,8 @@ def misfit(scheme: GroupScheme, size: int) -> str:
     """Why a group of this size cannot compute so; empty: it can."""
     if scheme.per_node < 1 or size % scheme.per_node:
         return f"{size} ranks are no whole number of nodes of {scheme.per_node}: per_node must divide the group's size"
+    if scheme.gathers and scheme.per_node > 1:
+        return "only a ring gathers its KV on rank 0: where heads are split, per_node above 1, each rank decodes"
     return ""
 
 
@@ -193,6 +195,8 @@ def head_shares(query_heads: int, kv_heads: int, degree: int) -> tuple[HeadShare
 def kv_of_rank(scheme: GroupScheme, size: int, rank: int, kv_tokens: int, layer: LayerShape | None) -> int:
     """What this rank sets aside for a sequence that needs KV for `kv_tokens` in all, as tokens in all heads: on the
     worker, and in the scheduler's books. `layer` None: the heads are not known, and all of them counted."""
+    if scheme.gathers and rank == 0:
+        return kv_tokens
     mesh = Mesh.of(scheme, size)
     tokens = mesh.reserved_tokens(kv_tokens)
     if mesh.per_node == 1 or layer is None:

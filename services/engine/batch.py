@@ -19,6 +19,7 @@ from services.engine.interface import EngineError, KvSink, Segment
 from services.engine.kv_cache import SequenceKv
 
 if TYPE_CHECKING:
+    from services.engine.collectives import GroupLink
     from services.engine.prefill import PassRun
     from services.engine.sequence_parallel import GroupPass
     from services.engine.shared_sequence import SharedSequence
@@ -32,6 +33,7 @@ class HeldSequence:
         "computed",
         "kv",
         "layer_tokens",
+        "parted",
         "prompt_tokens",
         "shared",
         "sink",
@@ -48,6 +50,8 @@ class HeldSequence:
         self.sink = sink
         self.shared: SharedSequence | None = None
         """Set if a group of workers computes it: `kv` is this rank's part then, and a follower knows no token drawn."""
+        self.parted: GroupLink | None = None
+        """Of the group that prefilled it, when this worker has gathered all its KV."""
         self.computed = 0
         """Tokens that have been through all layers (on whichever rank)."""
         self.layer_tokens = 0

@@ -157,7 +157,9 @@ class PrefillEngine(Protocol):
         most one shared sequence may be in a pass. `stop` is rank 0's alone: all ranks then stop after the same step;
         on a follower it does nothing to a pass with a shared sequence. If the group breaks, `run` and `resume` raise
         GroupBroken, an EngineError; where other sequences are in the pass, it goes on with these, to its end, and says
-        so (`PassResult.broken_off`). Raises: KvFull, EngineError (as `open`; the link is then still the caller's)."""
+        so (`PassResult.broken_off`). By a scheme that gathers, rank 0 has all KV when the prompt is done: there it is a
+        sequence like any other from then on, and the others are not called again.
+        Raises: KvFull, EngineError (as `open`; the link is then still the caller's)."""
         ...
 
     def regroup(self, request_id: RequestId, share: GroupShare, on_called: OnCalled) -> None:

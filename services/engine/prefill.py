@@ -74,7 +74,8 @@ class PassRun:
         else:
             self._lend()
         if group is not None:
-            group.end_step()
+            assert self.batch.shared is not None
+            group.end_step(self.batch.shared.sequence.kv)
 
     def _compute_layer(self) -> None:
         decoder, group = self._model.decoder, self.group

@@ -4,7 +4,8 @@ A chunk's tokens are split over the ranks, which stand in a mesh of nodes and pl
 more than one's own tokens, and only there ranks exchange tensors. Attention: in a node by heads (`ulysses.py`, or
 `megatron.py` with the projections), between nodes round a ring (`ring.py`). And linear work, where a node's ranks split
 the weights rather than the tokens (`megatron.py`). Everything else transformers' modules do to the own tokens.
-A token drawn goes through the modules of rank 0 alone; the others lend it their KV (`shard_decode.py`).
+A token drawn goes through the modules of rank 0 alone; the others lend it their KV (`shard_decode.py`), or have brought
+it to rank 0 layer by layer in the prompt's last pass (`GroupScheme.gathers`), and are needed no more.
 
 Every step begins with a message of rank 0 to each other rank, which also says whether the pass stops after it. Where
 rank 0 has more to send to each of them in the same step, what it says last counts: a stop asked for while it
@@ -154,10 +155,31 @@ class GroupPass:
         if self.rank == 0:
             self.stopping = self._stop_wanted()
 
-    def end_step(self) -> None:
+    def end_step(self, kv: SequenceKv) -> None:
         """Raises: GroupBroken."""
         if self.node and self.place and not self.is_row:
             self.stopping = self.link.receive(0, self._step)
+        if self.gathers:
+            self._gather(kv)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether rank 0 has the KV of all when this pass is done."""
+        return self.shared.gathers(self.end)
+
+    def _gather(self, kv: SequenceKv) -> None:
+        """Bring this layer's KV to rank 0: that of rank 1 behind its own, then that of rank 2, and so on. (Keys know
+        their positions: to the attention of what comes after, their order means nothing.)"""
+        layer, begin = self._step, self.mesh.owned_tokens(self.end, 0)
+        if self.rank:
+            self.send(0, [part[0] for part in kv.read(layer, 0, self.mesh.owned_tokens(self.end, self.rank))])
+            return
+        for rank in range(1, self.size):
+            end = begin + self.mesh.owned_tokens(self.end, rank)
+            like, _ = kv.read(layer, begin, end)
+            key, value = self.receive(rank, [like.shape[1:]] * 2, like)
+            kv.write(layer, begin, key, value)
+            begin = end
 
     def attend(
         self,

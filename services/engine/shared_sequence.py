@@ -40,6 +40,10 @@ class SharedSequence:
 
         self.share.link.on_call(heard)
 
+    def gathers(self, end: int) -> bool:
+        """Whether a pass up to this token ends with the KV of all on rank 0."""
+        return self.share.scheme.gathers and end == self.prompt_tokens
+
     def bounds(self, start: int, tokens: int) -> tuple[int, ...]:
         """Who computes which of these tokens, counted from `start`: a part of the prompt each, or rank 0 the one
         token drawn."""

@@ -31,6 +31,10 @@ class TimedGroup:
     def leads(self) -> bool:
         return self.shared.share.rank == 0
 
+    def gathers(self, end: int) -> bool:
+        """Whether rank 0 has all KV when a pass up to this token is done."""
+        return self.shared.gathers(end)
+
     def own(self, segment: Segment) -> range:
         """Positions that are computed here."""
         bounds, rank = self.shared.bounds(segment.start, segment.tokens), self.shared.share.rank

@@ -12,7 +12,7 @@ from functools import reduce
 from common.messages.requests import RequestSpec
 from common.policy.sp_shares import kv_of_rank
 from common.units import RequestId
-from services.engine.collectives import GroupBroken, GroupShare, OnCalled
+from services.engine.collectives import GroupBroken, GroupLink, GroupShare, OnCalled
 from services.engine.interface import (
     BrokenOff,
     EngineError,
@@ -58,6 +58,8 @@ class _Sequence:
     """[layers][2 * kv_heads] of [prompt tokens * STATE_BYTES]; empty without a sink: nobody reads them."""
     group: TimedGroup | None = None
     """Set if a group of workers computes it."""
+    parted: GroupLink | None = None
+    """Of the group that prefilled it, when this worker has gathered all its KV."""
 
 
 @dataclass(slots=True, eq=False)
@@ -170,8 +172,9 @@ class TimedPrefillEngine:
             raise EngineError(f"a pass with {request_id} runs")
         self._mover.forget(request_id)
         sequence = self._sequences.pop(request_id, None)
-        if sequence is not None and sequence.group is not None:
-            sequence.group.link.close()
+        link = None if sequence is None else sequence.parted if sequence.group is None else sequence.group.link
+        if link is not None:
+            link.close()
         stopped = self._stopped_with(request_id)
         if stopped is not None:
             stopped.segments = [segment for segment in stopped.segments if segment.request_id != request_id]
@@ -294,6 +297,8 @@ class TimedPrefillEngine:
             sequence.state = _last_state(work.states[segment.request_id], sequence.state)
             if self._tally:
                 self.computed_tokens.update((segment.request_id, position) for position in self._own(segment))
+            if (group := sequence.group) is not None and group.leads and group.gathers(sequence.computed):
+                sequence.parted, sequence.group = group.link, None
             if segment.sample:
                 index = sequence.spec.generated_before + len(sequence.token_ids) - sequence.spec.prompt.tokens
                 drawn = sampled_token(sequence.spec, index, sequence.state, self.shape)

@@ -121,8 +121,9 @@ class TorchPrefillEngine:
         prompt = self._checked(spec, token_ids)
         name, kv_tokens, kv_heads = spec.request_id, len(prompt) + spec.max_tokens, self._model.kv_heads
         heads = head_shares(self._model.query_heads, kv_heads, share.mesh.per_node)
-        mine, tokens = heads[share.mesh.place(share.rank)], share.mesh.reserved_tokens(kv_tokens)
+        mine = heads[share.mesh.place(share.rank)]
         charged = kv_of_rank(share.scheme, share.size, share.rank, kv_tokens, self._model.layer_shape)
+        tokens = charged if mine.kv_heads == kv_heads else share.mesh.reserved_tokens(kv_tokens)
         kv = self._store.reserve(name, tokens, kv_heads=mine.kv_heads, charged=charged)
         held = self._sequences[name] = HeldSequence(spec, prompt, kv, None)
         held.shared = SharedSequence(share, len(prompt), kv_tokens, heads, self._weights)
@@ -204,8 +205,9 @@ class TorchPrefillEngine:
             in_pass.drop(sequence)
         del self._sequences[request_id]
         self._store.free(request_id)
-        if sequence.shared is not None:
-            sequence.shared.share.link.close()
+        link = sequence.parted if sequence.shared is None else sequence.shared.share.link
+        if link is not None:
+            link.close()
 
     async def spill(self, request_id: RequestId) -> Spilled:
         sequence = self._here(request_id)
@@ -295,7 +297,10 @@ class TorchPrefillEngine:
             self._idle.set()
             if group is not None:
                 group.link.end()
-        return computing.result()
+        result = computing.result()
+        if group is not None and group.gathers and result.finished and result.broken_off is None:
+            _part(pass_run)
+        return result
 
     def _give_up(self) -> None:
         """End the running pass at once, also where other ranks would have to agree: that breaks the group."""
@@ -390,6 +395,16 @@ def _leave_group(pass_run: PassRun, error: GroupBroken) -> BrokenOff | None:
         return None
     group.link.abort()  # before anybody waits for this rank
     return BrokenOff(shared.sequence.spec.request_id, str(error))
+
+
+def _part(pass_run: PassRun) -> None:
+    """The group's last pass is done: on rank 0 the sequence is one like any other from now on. Its link stays until the
+    sequence is closed: to close it now would break the others' pass, which may not have ended yet."""
+    shared = pass_run.batch.shared
+    assert shared is not None
+    sequence = shared.sequence
+    if sequence.shared is not None and sequence.shared.share.rank == 0:
+        sequence.parted, sequence.shared = sequence.shared.share.link, None
 
 
 def kv_shape(model: LoadedModel) -> KvShape:

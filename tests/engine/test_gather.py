@@ -1,0 +1,135 @@
+"""A ring that gathers its KV on rank 0 when the prompt is done: the same tokens and logits as a single worker's, the
+other ranks free at once, wherever the last pass was stopped, also of a group that has grown."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.messages.groups import GATHERED_RING, GroupScheme
+from common.policy.sp_shares import misfit
+from common.units import RequestId
+from services.engine.collectives import GroupShare
+from services.engine.interface import Segment
+from services.engine.model import LoadedModel, load_model
+from tests.engine.group_world import Ranks, joined, spec, tokens_computed
+from tests.engine.models import reference_greedy, reference_model, tiny_model
+from tests.engine.torch_group import Leads, generate, group_of, random_prompt
+
+NEW_TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def llama(folder: Path) -> LoadedModel:
+    return load_model(folder, dtype="float32", device="cpu")
+
+
+async def alone(group: Ranks, name: str, prompt: list[int], tokens: int) -> list[int]:
+    """The other ranks let go of it; rank 0 draws so many tokens, with another sequence in its passes."""
+    leader, short = group.leader, [5, 6, 7, 8, 9]
+    for rank in group.ranks[1:]:
+        rank.engine.close(RequestId(name))
+        assert rank.engine.kv_used_tokens == 0
+    leader.open(spec("short", short, tokens), short, None)
+    drawn: list[int] = []
+    for number in range(tokens):
+        beside = Segment(RequestId("short"), *((0, len(short)) if number == 0 else (len(short) + number - 1, 1)), True)
+        row = Segment(RequestId(name), len(prompt) + number, 1, True)
+        result = await leader.run([beside, row])
+        assert result.broken_off is None
+        drawn.append(next(token.token_id for token in result.sampled if token.request_id == name))
+    leader.close(RequestId("short"))
+    return drawn
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "changes"),
+    [(2, "tcp", {}), (3, "memory", {}), (4, "tcp", {}), (3, "tcp", {"family": "llama-mha"})],
+)
+async def test_tokens_equal_a_single_workers(
+    size: int, kind: str, changes: dict[str, Any], tmp_path: Path, leads: Leads
+) -> None:
+    changes = dict(changes)
+    at = tiny_model(changes.pop("family", "llama"), tmp_path / "model", **changes)
+    reference, model = reference_model(at), load_model(at, dtype="float32", device="cpu")
+    group, rng, stops = group_of(model, size, kind), random.Random(f"{size}{changes}"), 0
+    for length in (1, 2, 31, 64, 331):
+        name, prompt = f"p{length}", random_prompt(rng, length)
+        await group.open(name, prompt, NEW_TOKENS, GATHERED_RING)
+        kv_tokens = length + NEW_TOKENS
+        shares = [-(-kv_tokens // size)] * (size - 1)
+        assert [rank.engine.kv_used_tokens for rank in group.ranks] == [kv_tokens, *shares]
+        leads.logits.clear()
+        tokens, stopped = await generate(group, leads, rng, name, prompt, 1, 97)
+        stops += stopped
+        theirs, logits = reference_greedy(reference, prompt, NEW_TOKENS)
+        assert float((torch.stack(leads.logits) - logits[:1]).abs().max()) < 1e-3
+        assert sum(tokens_computed(group, name)) == length * model.layers
+        tokens += await alone(group, name, prompt, NEW_TOKENS - 1)
+        assert tokens == theirs, name
+        group.close(name)
+        assert group.leader.kv_used_tokens == 0
+    assert stops >= 2
+    await group.shutdown()
+
+
+@pytest.mark.parametrize("stop_after", range(1, 7))
+async def test_the_last_pass_may_be_stopped_after_any_step(
+    stop_after: int, llama: LoadedModel, folder: Path, leads: Leads
+) -> None:
+    group, prompt = group_of(llama, 2), random_prompt(random.Random(stop_after), 80)
+    leads.engine = group.leader  # type: ignore[assignment]
+    await group.open("p", prompt, NEW_TOKENS, GATHERED_RING)
+    await group.run([Segment(RequestId("p"), 0, 50, False)])
+    leads.stop_after = stop_after
+    result = await group.run([Segment(RequestId("p"), 50, 30, True)])
+    assert result.finished == (stop_after >= llama.layers)
+    if not result.finished:
+        result = await group.resume("p")
+    tokens = [result.sampled[0].token_id, *await alone(group, "p", prompt, NEW_TOKENS - 1)]
+    assert tokens == reference_greedy(reference_model(folder), prompt, NEW_TOKENS)[0]
+    await group.shutdown("p")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+async def test_a_group_that_has_grown_gathers_what_lies_where_it_was_dealt_out(
+    size: int, llama: LoadedModel, folder: Path, leads: Leads
+) -> None:
+    """From one worker, or two, to three."""
+    everyone, prompt = group_of(llama, 3), random_prompt(random.Random(size), 120)
+    request, ranks = spec("p", prompt, NEW_TOKENS), list(everyone.ranks)
+    everyone.ranks = ranks[:size]
+    if size == 1:
+        everyone.leader.open(request, prompt, None)
+    else:
+        for number, link in enumerate(await joined(everyone.doors[:size], "p")):
+            share = GroupShare(number, size, GATHERED_RING, link)
+            ranks[number].engine.open_share(request, prompt, share, ranks[number].called)
+    await everyone.run([Segment(RequestId("p"), 0, 50, False)])
+    before = (*((50 - rank + size - 1) // size for rank in range(size)), *[0] * (3 - size))
+    for number, link in enumerate(await joined(everyone.doors, "p", growth=1)):
+        if number >= size:
+            share = GroupShare(number, 3, GATHERED_RING, link)
+            ranks[number].engine.open_share(request, prompt, share, ranks[number].called)
+        share = GroupShare(number, 3, GATHERED_RING, link, base=50, before=before)
+        ranks[number].engine.regroup(RequestId("p"), share, ranks[number].called)
+    everyone.ranks = ranks
+    await everyone.run([Segment(RequestId("p"), 50, 40, False)])
+    result = await everyone.run([Segment(RequestId("p"), 90, 30, True)])
+    tokens = [result.sampled[0].token_id, *await alone(everyone, "p", prompt, NEW_TOKENS - 1)]
+    assert tokens == reference_greedy(reference_model(folder), prompt, NEW_TOKENS)[0]
+    await everyone.shutdown("p")
+
+
+def test_only_a_ring_gathers() -> None:
+    assert "only a ring gathers" in misfit(GroupScheme(per_node=2, gathers=True), 4)
+    assert not misfit(GATHERED_RING, 4)
