@@ -176,6 +176,11 @@ class SchedulerSettings(CommonSettings, frozen=True, kw_only=True):
     group_max: Annotated[
         int, Meta(ge=1, le=GROUP_MAX, description="prefill workers that may share one long prompt")
     ] = 1
+    group_gathers: Annotated[
+        bool,
+        _GROUPS,
+        Meta(description="after the prefill, one of a ring takes in all its KV if it has room, and decodes alone"),
+    ] = True
     internode_bytes_s: Annotated[
         float,
         _GROUPS,

@@ -123,10 +123,11 @@ class Lanes:
                     life.paused_since_s = at_s
             case GroupResumed(request_id=name):
                 _resumed(self._life(name), at_s)
-            case GroupPrefillFinished(request_id=name):
+            case GroupPrefillFinished(request_id=name, members=members):
                 _resumed(self._life(name), at_s)
                 for worker_id in self._members_at_work(name):
-                    self._turn(at_s, name, worker_id, "long decode")
+                    decodes = not members or worker_id in members
+                    self._turn(at_s, name, worker_id, "long decode" if decodes else None)
             case GroupFinished(request_id=name) | GroupFailed(request_id=name):
                 _resumed(self._life(name), at_s)
                 for worker_id in self._members_at_work(name):

@@ -47,6 +47,8 @@ class Request:
     """By rank: of how many ranks the group was when this one came into it."""
     joining: tuple[WorkerId, ...] = ()
     """Who is to come into the group (`growing.py`)."""
+    parted: tuple[WorkerId, ...] = ()
+    """Who was in the group while it prefilled, and has given its share of the KV to rank 0."""
     growth: int = 0
     """Number of the last try to grow."""
     growth_since_s: float = 0.0

@@ -154,7 +154,7 @@ class Ledger:
             for worker_id in request.workers:
                 self.drop_on(worker_id, request.key)
         request.prefill_worker = request.decode_worker = None
-        request.members = request.joining = request.sizes = ()
+        request.members = request.joining = request.parted = request.sizes = ()
         request.growth = 0
         request.pauses = None
 
@@ -211,6 +211,7 @@ class Ledger:
 
     def _life_of(self, request: Request, how: str) -> RequestLife:
         """To be told when it ends, while it still has its workers."""
+        ranks = len(request.members) + len(request.parted)
         return RequestLife(
             attempt=request.spec.attempt,
             length_class=request.length_class,
@@ -220,8 +221,8 @@ class Ledger:
             phases=tuple(request.phases),
             ended_s=self.now_s,
             first_step_s=request.first_step_s,
-            workers=request.workers,
-            scheme=request.scheme.name(len(request.members)) if request.members else "",
+            workers=request.workers + request.parted,
+            scheme=request.scheme.name(ranks) if request.members else "",
         )
 
     def fail(self, request: Request, message: str, retryable: bool, *, withdraw: bool = True) -> None:

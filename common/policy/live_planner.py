@@ -1,7 +1,8 @@
 """How a long is spread over live workers: over how many, by which scheme, and what each of them sets aside for it.
 
 The cheapest scheme by `live_costs` whose KV every member has room for. A ring needs the least KV of each and needs no
-heads to split, so it always can be.
+heads to split, so it always can be. A ring whose rank 0 has room for all KV gathers it there when the prompt is done: a
+token by one worker needs no other, and the rest of the group is free for shorts, and for the next long.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import msgspec
 
 from common.messages.base import Record
 from common.messages.cluster import WorkerProfile
-from common.messages.groups import GroupScheme
+from common.messages.groups import GATHERED_RING, GroupScheme
 from common.policy.cluster import Cluster
 from common.policy.costs import pass_s
 from common.policy.live_costs import CHUNK_TOKENS, scheme_times
@@ -70,6 +71,8 @@ def plan_group(tokens: int, kv_tokens: int, ranks: Sequence[Rank], config: Sched
         else:
             possible.append((scheme, seconds))
     scheme, seconds = min(possible or times.possible[:1], key=lambda each: each[1])
+    if config.group_gathers and scheme.per_node == 1 and kv_tokens <= ranks[0].kv_free:
+        scheme = GATHERED_RING
     estimates = tuple((each.name(size), took_s) for each, took_s in possible)
     return GroupPlan(
         scheme=scheme,

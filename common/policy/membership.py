@@ -202,7 +202,7 @@ class Membership:
         if worker is None:
             return
         touched = [request for key in list(worker.held) if (request := self._ledger.current(*key)) is not None]
-        needed = [r for r in touched if r.is_long or worker_id == r.decode_worker or r.state is RequestState.PREFILLING]
+        needed = [r for r in touched if _needs(r, worker_id)]
         for request in needed:
             self._cluster.unseat_long(request, decodes=False)
         self._cluster.remove_worker(worker_id)
@@ -290,3 +290,10 @@ class Membership:
         self._roles_changed()
         for request in list(self._ledger.grouped.values()):
             self._ledger.interrupt(request, why)
+
+
+def _needs(request: Request, worker_id: WorkerId) -> bool:
+    """Whether this request, of which something is held there, is lost with that worker."""
+    if request.is_long:  # else it was told to drop its share: it did not come in, or has given it to rank 0
+        return worker_id in request.workers
+    return worker_id == request.decode_worker or request.state is RequestState.PREFILLING

@@ -165,6 +165,7 @@ class EnterGroup(Record, frozen=True, kw_only=True):
     start: Tokens
     kept: tuple[Tokens, ...]
     """By rank: how many tokens before have their KV there."""
+    scheme: GroupScheme
 
 
 class FinishHandoff(Record, frozen=True, kw_only=True):

@@ -69,6 +69,7 @@ def enter_group(books: PrefillBooks, job: LongJob, order: RunSegment) -> bool:
             size=job.size,
             start=order.start,
             kept=order.kept,
+            scheme=job.scheme,
         )
     )
     return True

@@ -6,7 +6,8 @@ is loaded, runs, is paused and runs again, and decodes here. Both can end in eve
 (opening, a pass, a stream) the end waits for the effect's own event, remembered as the job's `verdict`.
 
 A long may be *shared*: this worker is one rank of the group that computes it. Rank 0 runs it as any other long. A
-follower counts the same tokens and steps, runs what it is called to and nothing else, and draws nothing.
+follower counts the same tokens and steps, runs what it is called to and nothing else, and draws nothing. Where rank 0
+gathers all KV, the long is its own alone when the prompt is done.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class LongState(StrEnum):
     SPILLED = "spilled"
     RESTORING = "restoring"
     DECODING = "decoding"
+    GATHERED = "gathered"
+    """Follower: rank 0 has this share's KV, too, and decodes alone. It is to be dropped."""
     GONE = "gone"
 
 
@@ -76,13 +79,14 @@ was streamed, or the pass failed before anything was."""
 LONG_TRANSITIONS: Table[LongState] = {
     L.LOADING: frozenset({L.LOADED, L.GONE}),
     L.LOADED: frozenset({L.RUNNING, L.PAUSED, L.SPILLING, L.GONE}),
-    L.RUNNING: frozenset({L.PAUSING, L.PAUSED, L.DECODING, L.GONE}),
-    L.PAUSING: frozenset({L.RUNNING, L.PAUSED, L.DECODING, L.GONE}),
+    L.RUNNING: frozenset({L.PAUSING, L.PAUSED, L.DECODING, L.GATHERED, L.GONE}),
+    L.PAUSING: frozenset({L.RUNNING, L.PAUSED, L.DECODING, L.GATHERED, L.GONE}),
     L.PAUSED: frozenset({L.RUNNING, L.SPILLING, L.GONE}),
     L.SPILLING: frozenset({L.SPILLED, L.PAUSED, L.GONE}),
     L.SPILLED: frozenset({L.RESTORING, L.GONE}),
     L.RESTORING: frozenset({L.PAUSED, L.GONE}),
     L.DECODING: frozenset({L.GONE}),
+    L.GATHERED: frozenset({L.GONE}),
     L.GONE: frozenset(),
 }
 """LOADED → PAUSED: a pause before the first step. RUNNING → PAUSED: no pass of it ran. PAUSING → DECODING:
@@ -259,10 +263,15 @@ class LongJob(Job):
         """Follower: what it may be called to as it stands, with its own count of passes. None: to nothing."""
         if self.state is L.DECODING:
             return Announcement(pass_no=1, kind="row", start=self.next_position, tokens=1, step=0)
-        if self.state in (L.LOADING, L.GONE):
+        if self.state in (L.LOADING, L.GATHERED, L.GONE):
             return None
         tokens = self.chunk_tokens if self.chunk_steps else self.remaining
         return Announcement(pass_no=1, kind="chunk", start=self.prefilled, tokens=tokens, step=self.chunk_steps)
+
+    @property
+    def has_parted(self) -> bool:
+        """The prefill is done, and rank 0 has all KV: the other ranks are nobody's concern any more."""
+        return self.scheme.gathers and self.state in (L.DECODING, L.GATHERED)
 
     @property
     def steps_done(self) -> int:
@@ -274,7 +283,7 @@ class LongJob(Job):
         self.state = target
 
     def holding(self) -> Holding:
-        phase: HoldingPhase = "decode" if self.state is L.DECODING else "prefill"
+        phase: HoldingPhase = "decode" if self.state in (L.DECODING, L.GATHERED) else "prefill"
         return _holding(self, phase, 0 if self.state in (L.LOADING, L.SPILLED) else self.kv_tokens)
 
 

@@ -223,7 +223,7 @@ class PrefillWorkerCore:
                 self._say_running(long)
             case LongState.RUNNING:
                 self._say_running(long)
-            case LongState.LOADING | LongState.DECODING | LongState.GONE:
+            case LongState.LOADING | LongState.DECODING | LongState.GATHERED | LongState.GONE:
                 return  # answered by SegmentLoaded; was answered by SegmentPrefilled
             case LongState.SPILLING | LongState.SPILLED | LongState.RESTORING:
                 return  # nobody asks this of what was not brought back
@@ -255,7 +255,7 @@ class PrefillWorkerCore:
                     self._paused(long, self._pause_latency_s(long) if long.follows else 0.0)
             case LongState.PAUSED:
                 self.books.out.segment_paused(long)
-            case LongState.PAUSING | LongState.LOADING | LongState.DECODING | LongState.GONE:
+            case LongState.PAUSING | LongState.LOADING | LongState.DECODING | LongState.GATHERED | LongState.GONE:
                 return  # the answer is on its way
             case LongState.SPILLING | LongState.SPILLED | LongState.RESTORING:
                 return  # it stands, and has said so
@@ -312,8 +312,10 @@ class PrefillWorkerCore:
 
     def _lost(self, event: GroupLost) -> None:
         held = self.books.jobs.get(event.request_id)
-        if isinstance(held, LongJob) and held.attempt == event.attempt and not self.books.in_pass(held):
-            self.books.end(held, Verdict("failed", event.reason))  # one in a pass ends with that
+        if not isinstance(held, LongJob) or held.attempt != event.attempt or held.has_parted:
+            return
+        if not self.books.in_pass(held):  # one in a pass ends with that
+            self.books.end(held, Verdict("failed", event.reason))
 
     def _broke_off(self, event: BrokeOff) -> None:
         running = self._take_running(event.pass_id)
@@ -403,8 +405,17 @@ class PrefillWorkerCore:
                 self.books.out.segment_finished(job, reason)
                 self.books.end(job, Verdict("finished", reason))
                 return
-            job.move(LongState.DECODING)
-            self.books.out.place_kv(job, "decoding")
+            self._decodes(job)
+
+    def _decodes(self, job: LongJob) -> None:
+        """The prompt is done."""
+        if job.scheme.gathers and job.follows:
+            job.move(LongState.GATHERED)
+            return
+        job.move(LongState.DECODING)
+        if job.scheme.gathers:
+            job.size = 1
+        self.books.out.place_kv(job, "decoding")
 
     def _row_advanced(self, job: ShortJob | LongJob, token: SampledToken | None) -> None:
         if job.verdict is not None:

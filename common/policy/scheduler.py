@@ -22,7 +22,7 @@ from common.messages.cluster import (
     WorkerLeft,
 )
 from common.messages.decode import DecodeBusy, DecodeFailed, DecodeFinished, ExpectKv
-from common.messages.groups import RING
+from common.messages.groups import GATHERED_RING, RING
 from common.messages.prefill import (
     KvReleased,
     PrefillFailed,
@@ -76,7 +76,7 @@ from common.policy.scheduler_config import SchedulerConfig
 from common.policy.scheduler_io import SchedulerCommand, SchedulerEvent
 from common.policy.spill_orders import SpillOrders
 from common.policy.view import describe
-from common.units import RequestId
+from common.units import RequestId, WorkerId
 
 HEAD_OF_QUEUE = -(10**12)
 """Orders of requests that were running before this scheduler started: ahead of every new one."""
@@ -376,10 +376,26 @@ class Scheduler:
         request.pauses.resumed(self._ledger.now_s, self._bounds)
         self._tell_planner(request, request.pauses)
         give_back(self._ledger, request, "the prefill ended first")
+        if event.members:
+            self._part(request, tuple(member for member in request.members if member not in event.members))
         self._cluster.unseat_long(request, decodes=event.finish_reason is None)
         self._ledger.move(request, RequestState.DECODING)
         for worker_id in request.members:
             self._policy.replica_eased(worker_id, self._cluster)
+
+    def _part(self, request: Request, leaving: tuple[WorkerId, ...]) -> None:
+        """Rank 0 has their share of the KV, too: they are free, once they have dropped it."""
+        if not leaving:
+            return
+        self._cluster.unseat(request, leaving, decodes=False)
+        sizes = zip(request.members, request.sizes, strict=True)
+        request.sizes = tuple(size for member, size in sizes if member not in leaving)
+        request.members = tuple(member for member in request.members if member not in leaving)
+        request.parted = leaving
+        self._ledger.note(request.request_id, f"decodes on {', '.join(request.members)} alone")
+        for worker_id in leaving:
+            self._ledger.drop_on(worker_id, request.key)
+        self._ledger.save(request)
 
     def _tell_planner(self, request: Request, pauses: PauseAccount) -> None:
         """How long it took. Of one that grew, since then."""
@@ -483,7 +499,8 @@ class Scheduler:
         )
 
     def _plan_of(self, request: Request, replicas: Sequence[Replica], *, live: bool) -> GroupPlan:
-        """Live groups by what their members measured. To one of one, and to a simulated one, a scheme means nothing."""
+        """Live groups by what their members measured. To a simulated one a scheme means nothing; to one of one, only
+        should it grow: it has room for all KV."""
         kv_tokens = request.spec.kv_tokens
         layout = layout_of(self._cluster, tuple(replica.worker_id for replica in replicas))
         prefill_s = self._ledger.planner.prefill_s(request.tokens, layout)
@@ -492,7 +509,8 @@ class Scheduler:
             plan = plan_group(request.tokens, kv_tokens, ranks, self._config)
             return msgspec.structs.replace(plan, prefill_s=prefill_s)  # as such groups have done lately
         reserved = (kv_share(kv_tokens, len(replicas)),) * len(replicas)
-        return GroupPlan(scheme=RING, reserved=reserved, prefill_s=prefill_s)
+        may_gather = self._config.group_gathers and len(replicas) == 1 and bool(replicas[0].profile.group_address)
+        return GroupPlan(scheme=GATHERED_RING if may_gather else RING, reserved=reserved, prefill_s=prefill_s)
 
     def _pause(self, request: Request) -> None:
         self._ledger.move(request, RequestState.PAUSING)

@@ -28,6 +28,7 @@ class SchedulerConfig(Record, frozen=True, kw_only=True):
     long_order: str = "remaining"
     long_aging: float = 0.5
     group_max: int = 1
+    group_gathers: bool = True
     internode_bytes_s: float = 0.0
     shorts_spare: float = 2.5
     elastic: bool = True

@@ -398,6 +398,9 @@ class SpCoordinator:
         give_up(self._voice, group, "its prefill has ended")
         for rank in group.followers:
             rank.phase = R.PREFILLED
+        if group.scheme.gathers:
+            for rank in group.part():
+                self._voice.tell(group, rank, R.DROPPING, DropSegment)
         self._voice.move(group, G.DECODING)
         self._voice.say(group.prefill_finished_word(self._voice.cause))
         return True

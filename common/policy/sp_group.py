@@ -10,6 +10,8 @@ The rules, in sentences:
   of them have said that they can join it, so that it does not wait in a pass for a rank that serves shorts.
 - Rank 0 ends the prefill, since it draws the first token, and ends the request, since it draws the last: whatever the
   followers have said by then. They are then told to drop their share, which is their normal end.
+- Where the scheme gathers, rank 0 has all KV when the prefill is done. Then it is the group; the others are told to
+  drop their share, and whatever becomes of them changes nothing.
 - A group that decodes is dissolved from rank 0 on: the others are told when it has dropped its share, or has not
   answered for `LEADER_FIRST_S`. Else the pass that rank 0 is in would break, and what shares it begin a step anew.
 - The scheduler's last wish counts. A pause asked while the group forms or resumes, a resume asked while it
@@ -51,7 +53,7 @@ from common.messages.sp import (
     SegmentPrefilled,
 )
 from common.policy.core import InvariantViolated
-from common.policy.sp_shares import Mesh, misfit
+from common.policy.sp_shares import Mesh, kv_of_rank, misfit
 from common.policy.story import Story
 from common.policy.transitions import Table, require_legal
 from common.units import Attempt, RequestId, WorkerId
@@ -199,11 +201,12 @@ class Group:
     """To grow, the last that ended."""
     trying: Growth | None = None
     letting_go: set[WorkerId] = field(default_factory=set)
-    """Were to come in, were told to drop it, and have not said that they did."""
+    """Were to come in, or rank 0 has gathered their KV: were told to drop it, and have not said that they did."""
 
     def __post_init__(self) -> None:
-        self.mesh = Mesh.of(self.scheme, len(self.ranks))
-        self.reserved = (self.mesh.reserved_tokens(self.spec.kv_tokens),) * len(self.ranks)
+        size, kv_tokens = len(self.ranks), self.spec.kv_tokens
+        self.mesh = Mesh.of(self.scheme, size)
+        self.reserved = tuple(kv_of_rank(self.scheme, size, rank, kv_tokens, None) for rank in range(size))
 
     @property
     def key(self) -> GroupKey:
@@ -238,6 +241,13 @@ class Group:
         request_id, attempt = self.key
         require_legal(TRANSITIONS, self.state, target, who=f"group {request_id}/{attempt}", story=self.story)
         self.state = target
+
+    def part(self) -> tuple[Rank, ...]:
+        """Rank 0 has gathered all KV, and is the group from now on. Returns the others."""
+        followers = self.followers
+        self.ranks, self.reserved, self.mesh = self.ranks[:1], self.reserved[:1], Mesh(1, 1)
+        self.letting_go.update(rank.worker_id for rank in followers)
+        return followers
 
     def out_of_step(self) -> list[Rank]:
         """Of a group that stands: the followers that do not stand where rank 0 does."""
@@ -327,6 +337,7 @@ class Group:
             attempt=attempt,
             compute_s=max(rank.compute_s for rank in self.ranks),
             finish_reason=self.leader.finish_reason,
+            members=self.members,
             cause=cause,
         )
 

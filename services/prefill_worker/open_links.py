@@ -7,7 +7,6 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 
-from common.messages.groups import RING
 from common.policy.prefill_events import EnterGroup, GroupLost, MeetOthers, OthersMet
 from common.units import Attempt, RequestId
 from services.engine.collectives import GroupLink, GroupLinks, GroupShare
@@ -66,7 +65,7 @@ class OpenLinks:
             self._tell(GroupLost(request_id=request_id, attempt=order.attempt, reason=reason))
             return None
         self._links[request_id] = link
-        return GroupShare(order.rank, order.size, RING, link, base=order.start, before=order.kept)
+        return GroupShare(order.rank, order.size, order.scheme, link, base=order.start, before=order.kept)
 
     # --- a group is lost ---
 

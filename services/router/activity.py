@@ -16,6 +16,7 @@ Bounds: `REQUESTS_MAX` requests, `LANES_MAX` lanes, `SEGMENTS_MAX` ended segment
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -189,6 +190,7 @@ class Activity:
                 self._left(message.worker_id)
             case GroupPrefillFinished():
                 self._answered(message.request_id)
+                self._decodes_on(message.request_id, message.members)
             case GroupFinished() | GroupFailed():
                 self._forget(message.request_id)
             case _:
@@ -277,6 +279,13 @@ class Activity:
             self._open(message.worker_id, request, "decode", request.prefilled_s)
         self._ended_on(message.worker_id, message.request_id)
         self._forget(message.request_id)
+
+    def _decodes_on(self, request_id: RequestId, members: Sequence[WorkerId]) -> None:
+        """Rank 0 may have taken in the KV of the others."""
+        request = self._requests.get(request_id)
+        if request is not None and members:
+            for worker_id in [open_on for open_on in request.open if open_on not in members]:
+                self._close(worker_id, request, self._now_s)
 
     def _answered(self, request_id: RequestId) -> None:
         request = self._requests.get(request_id)

@@ -34,21 +34,23 @@ def joining(c: Cluster) -> bool:
 
 
 @pytest.mark.parametrize("steps", GROWTHS, ids=lambda steps: "-".join(map(str, steps)))
-@pytest.mark.parametrize("elastic", [True, False])
-def test_workers_that_come_are_taken_in(steps, elastic):
+@pytest.mark.parametrize(("elastic", "gathers"), [(True, False), (False, False), (True, True)])
+def test_workers_that_come_are_taken_in(steps, elastic, gathers):
+    """Each sets aside its share of the KV in the group that it comes into; one that gathers it has all."""
     few, many = steps
 
     @virtual
     async def go():
-        async with cluster(prefill=many, group_max=many, elastic=elastic) as c:
+        async with cluster(prefill=many, group_max=many, elastic=elastic, group_gathers=gathers) as c:
             long = await long_on_few(c, few)
             await asyncio.sleep(0.5)
             for name in late(c, few):
                 c.start(name)
-            await c.until(lambda: len(long.tokens) > 3)
+            await c.until(lambda: len(long.tokens) > (8 if gathers else 3))
             held = [engine.kv_used_tokens for name, engine in c.engines().items() if name.startswith("p")]
             was, share = -(-8_030 // few), -(-8_030 // many)
-            assert held == [was] * few + [share if elastic else 0] * (many - few)
+            kept = [was] * few + [share if elastic else 0] * (many - few)
+            assert held == ([8_030] + [0] * (many - 1) if gathers else kept)
             assert c.count("grown") == elastic
             books = {worker.profile.worker_id: worker.kv_reserved_tokens for worker in c.view.workers}
             assert [books[name] for name in sorted(books) if name[0] == "p"] == held

@@ -6,7 +6,9 @@ import asyncio
 
 import pytest
 
+from common.runtime.subjects import worker
 from common.runtime.virtual_time import virtual
+from common.units import WorkerId
 from tests.cluster.test_cluster import MODES
 from tests.cluster.test_group_faults import is_free
 from tests.cluster.test_random_schedules import cut_and_heal, kill_and_restart, load, run
@@ -28,7 +30,7 @@ def computed_once(c: Cluster) -> int:
 async def test_a_long_over_two_workers_is_prefilled_faster_and_decodes_on_both():
     took_s = {}
     for group_max in (1, 2):
-        async with cluster(group_max=group_max) as c:
+        async with cluster(group_max=group_max, group_gathers=False) as c:
             long = c.submit(8_000, max_tokens=20)
             await c.until(lambda long=long: len(long.tokens) > 3)
             held = [engine.kv_used_tokens for name, engine in c.engines().items() if name.startswith("p")]
@@ -37,6 +39,72 @@ async def test_a_long_over_two_workers_is_prefilled_faster_and_decodes_on_both()
             took_s[group_max] = long.ttft_s
             assert computed_once(c) == group_max - 1
     assert took_s[2] < 0.65 * took_s[1]
+
+
+def kv_held(c: Cluster) -> list[int]:
+    """On each prefill worker: by its engine, and by the scheduler's books, which must agree."""
+    workers = [name for name in sorted(c.engines()) if name.startswith("p")]
+    held = [c.engines()[name].kv_used_tokens for name in workers]
+    assert held == [c.scheduler.cluster.replicas[name].kv_reserved for name in workers]
+    return held
+
+
+@virtual
+async def test_the_first_of_two_workers_gathers_the_kv_and_decodes_alone():
+    """The other is free for the next long, and for shorts that share no step with a decode."""
+    async with cluster(group_max=2) as c:
+        first = c.submit(6_000, max_tokens=300)
+        await c.until(lambda: c.view.requests and c.view.requests[0].state == "running")
+        assert kv_held(c) == [6_300, 3_150]
+        await c.until(lambda: len(first.tokens) > 8)
+        assert kv_held(c) == [6_300, 0]
+        assert c.view.requests[0].workers == ("p0",)
+        second = c.submit(3_000, max_tokens=4)
+        await c.until(lambda: second.ended)
+        assert not first.ended
+        short = c.submit(200, max_tokens=3)
+        await c.until(lambda: short.ended)
+        assert c.count("placed_idle") == 1
+        await c.until(lambda: first.ended)
+        assert [answer.error for answer in c.answers] == [None] * 3
+        assert c.count("interrupted") == 0
+        assert computed_once(c) >= 1
+
+
+@pytest.mark.parametrize("moment", ["at once", "later"])
+def test_a_worker_that_gave_its_kv_away_is_lost_and_nobody_minds(moment):
+    @virtual
+    async def go():
+        async with cluster(group_max=2) as c:
+            long = c.submit(6_000, max_tokens=60)
+            await c.until(lambda: long.tokens)
+            if moment == "later":
+                await c.until(lambda: len(long.tokens) > 10)
+            else:
+                await c.until(lambda: c.view.requests[0].state == "decoding")
+            await c.kill("p1")
+            await c.until(lambda: long.ended)
+            assert long.error is None
+            assert c.count("interrupted") == 0
+            c.start("p1")
+            await c.until(lambda: not c._leftovers())
+
+    go()
+
+
+@virtual
+async def test_an_order_to_drop_what_was_gathered_may_be_lost():
+    """Both of them, the coordinator's and the scheduler's: heartbeats tell."""
+    async with cluster(group_max=2) as c:
+        long = c.submit(6_000, max_tokens=400)
+        await c.until(lambda: c.view.requests and c.view.requests[0].state == "running")
+        c.broker.faults.drop_if = lambda _, sent: sent.subject == worker(WorkerId("p1")) and b"Drop" in sent.data
+        await c.until(lambda: len(long.tokens) > 8)
+        assert kv_held(c) == [6_400, 3_200]
+        c.broker.faults.drop_if = None
+        await c.until(lambda: kv_held(c) == [6_400, 0], within_s=10.0)
+        await c.until(lambda: long.ended)
+        assert long.error is None
 
 
 @seeds(3)
@@ -62,7 +130,7 @@ def test_shorts_pause_both_workers_of_a_long_as_one(seed):
 
 @virtual
 async def test_shorts_share_the_steps_of_a_long_that_decodes_on_three_workers():
-    async with cluster(prefill=3, group_max=3) as c:
+    async with cluster(prefill=3, group_max=3, group_gathers=False) as c:
         long = c.submit(3_000, max_tokens=120)
         await c.until(lambda: len(long.tokens) > 3)
         for _ in range(20):

@@ -61,7 +61,8 @@ def schemes(c: Cluster) -> dict[str, str]:
 def test_the_cheapest_scheme_is_what_the_workers_do(workers, nodes, heads, scheme, kv):
     @virtual
     async def go():
-        async with cluster(prefill=workers, nodes=nodes, group_max=workers, shape=shape(*heads)) as c:
+        settings = {"group_max": workers, "group_gathers": False}
+        async with cluster(prefill=workers, nodes=nodes, shape=shape(*heads), **settings) as c:
             long = c.submit(4_000, max_tokens=20)
             await c.until(lambda: len(long.tokens) > 3)
             assert schemes(c) == {long.request_id: scheme}

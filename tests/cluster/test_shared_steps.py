@@ -22,7 +22,7 @@ def percentile(values: list[float], share: float) -> float:
 async def decode_beside_shorts(ranks: int, itl_ms_max: float) -> tuple[list[float], int]:
     """Seconds between the tokens of a long whose workers have shorts all the time; and how many shorts there were."""
     worker = {"long_itl_ms_max": itl_ms_max}
-    async with cluster(prefill=ranks, group_max=ranks, decode=2, worker=worker) as c:
+    async with cluster(prefill=ranks, group_max=ranks, decode=2, worker=worker, group_gathers=False) as c:
         long = c.submit(3_000, max_tokens=50)
         await c.until(lambda: len(long.tokens) > 3)
         while not long.ended:
@@ -47,7 +47,7 @@ def test_a_longs_inter_token_latency_stays_within_its_bound(ranks: int, itl_ms_m
 
 async def short_by_short(ranks: int, *, beside_a_long: bool) -> list[float]:
     """TTFT of shorts that come one at a time, at the same moments in both cases."""
-    async with cluster(prefill=ranks, group_max=ranks, decode=2) as c:
+    async with cluster(prefill=ranks, group_max=ranks, decode=2, group_gathers=False) as c:
         long = c.submit(3_000, max_tokens=600) if beside_a_long else None
         if long is not None:
             await c.until(lambda: len(long.tokens) > 3)
@@ -91,19 +91,24 @@ async def two_longs(c: Cluster, *, second_when_first_decodes: bool) -> tuple[lis
     return [on[first.request_id], on[second.request_id]], shorts
 
 
+@pytest.mark.parametrize("gathers", [False, True])
 @pytest.mark.parametrize("overlapping", [False, True])
-def test_two_longs_and_two_hundred_shorts(overlapping: bool) -> None:
+def test_two_longs_and_two_hundred_shorts(overlapping: bool, gathers: bool) -> None:
+    """Where the first gathers its KV on one worker, the second, which comes when it decodes, has two others."""
+
     async def alone_s() -> float:
-        async with cluster(prefill=2, group_max=2) as c:
+        async with cluster(prefill=2, group_max=2, group_gathers=gathers) as c:
             long = c.submit(5_000, max_tokens=150)
             await c.until(lambda: long.ended)
             return long.token_s[-1] - long.asked_s
 
     async def main() -> tuple[list[float], list[float]]:
-        async with cluster(prefill=3 if overlapping else 4, group_max=2, decode=2) as c:
+        workers = 3 if overlapping else 4
+        async with cluster(prefill=workers, group_max=2, decode=2, group_gathers=gathers) as c:
             (first, second), shorts = await two_longs(c, second_when_first_decodes=overlapping)
-            assert len(first) == len(second) == 2
-            assert bool(first & second) is overlapping
+            assert len(second) == 2
+            assert len(first) == (1 if overlapping and gathers else 2)
+            assert bool(first & second) is (overlapping and not gathers)
             assert [answer.error for answer in c.answers] == [None] * 202
             assert c.count("interrupted") == 0
             longs = [answer for answer in c.answers if answer.max_tokens > 3]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from common.messages.base import Message
-from common.messages.groups import Announcement
+from common.messages.groups import RING, Announcement, GroupScheme
 from common.messages.prefill import RunPrefill
 from common.messages.sp import (
     DissolveGroup,
@@ -24,6 +24,7 @@ from common.messages.sp import (
     GroupGrown,
     GroupNotSpilled,
     GroupPaused,
+    GroupPrefillFinished,
     GroupSpilled,
     GrowGroup,
     LoadSegment,
@@ -336,6 +337,8 @@ class GroupWorld:
                 self.members[key] = command.members
             if isinstance(command, GroupPaused):
                 self.require_paused(key, command.step)
+            if isinstance(command, GroupPrefillFinished):
+                self.seen["parted"] += len(command.members) < len(self.members[key])
             if isinstance(command, GroupSpilled | GroupNotSpilled):
                 self.require_moved(key, out=isinstance(command, GroupSpilled))
             if isinstance(command, GroupFinished | GroupFailed):
@@ -344,12 +347,20 @@ class GroupWorld:
 
     # --- what people do ---
 
-    def form(self, name: str, members: tuple[str, ...], tokens: int, max_tokens: int, attempt: int = 0) -> None:
+    def form(
+        self,
+        name: str,
+        members: tuple[str, ...],
+        tokens: int,
+        max_tokens: int,
+        attempt: int = 0,
+        scheme: GroupScheme = RING,
+    ) -> None:
         ids = tuple(WorkerId(member) for member in members)
         addresses = tuple(f"{member}:1" for member in members) if len(members) > 1 else ()
         request = spec(name, tokens, max_tokens=max_tokens, attempt=attempt)
         self.members[request.request_id, attempt] = ids
-        self.feed(FormGroup(spec=request, members=ids, addresses=addresses))
+        self.feed(FormGroup(spec=request, members=ids, addresses=addresses, scheme=scheme))
 
     def grow(self, name: str, attempt: int = 0) -> None:
         """By some of those who may come in, if the last try has been answered."""

@@ -125,6 +125,7 @@ class Held:
     spec: RequestSpec
     rank: int = 0
     shared: bool = False
+    gathers: bool = False
     computed: int = 0
     known: int = 0
     came_at: int = 0
@@ -159,6 +160,8 @@ class World:
     running: Pass | None = None
     stop_asked: bool = False
     stopped: list[Pass] = field(default_factory=list)
+    gathered: int = 0
+    """Sequences of groups that are this worker's alone now."""
     broken_off: RequestId | None = None
     """The shared sequence that the running pass goes on without."""
     located: dict[RequestId, PlaceKv] = field(default_factory=dict)
@@ -204,7 +207,9 @@ class World:
         self.leaving.discard(request_id)
         assert request_id not in self.held, "opened twice"
         share = command.share
-        held = Held(command.spec, rank=share.rank if share else 0, shared=share is not None)
+        held = Held(command.spec)
+        if share is not None:
+            held.rank, held.shared, held.gathers = share.rank, True, share.scheme.gathers
         # A follower is not told what was drawn, nor need it be.
         held.known = command.spec.prompt.tokens + (command.spec.max_tokens if held.rank else 0)
         self.held[request_id] = held
@@ -313,6 +318,8 @@ class World:
         for segment in ended.segments:
             held = self.held[segment.request_id]
             held.computed += segment.tokens
+            if held.shared and held.gathers and held.rank == 0 and held.computed == held.spec.prompt.tokens:
+                held.shared, self.gathered = False, self.gathered + 1
             if segment.sample:
                 held.known += 1
                 sampled.append(SampledToken(request_id=segment.request_id, token_id=token))
@@ -397,6 +404,7 @@ class World:
             assert segment.sample == (segment.start + segment.tokens == held.known and held.rank == 0)
             assert not held.in_stopped_pass
             assert not held.away
+            assert not (held.rank and held.gathers and held.computed >= held.spec.prompt.tokens), "rank 0 has it"
         orders = [self.shorts.get((s.request_id, self.held[s.request_id].spec.attempt)) for s in command.segments]
         long_decodes = any(
             order is None and segment.start >= self.held[segment.request_id].spec.prompt.tokens
@@ -422,6 +430,7 @@ class World:
         assert command.kept[command.rank] > 0 or held.computed in (0, held.came_at), "only a newcomer keeps nothing yet"
         held.came_at = held.came_at if held.computed else command.start
         held.rank, held.shared, held.computed = command.rank, True, command.start
+        held.gathers = command.scheme.gathers
         self.group.entered(self.worker_id, command)
 
     def _tell_group(self, begun: Pass) -> None:

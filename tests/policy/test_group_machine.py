@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from common.messages.groups import GATHERED_RING, RING
 from common.messages.sp import GroupFinished
 from common.policy.sp_group import GroupState
 from tests.policy.group_world import GroupWorld
@@ -33,7 +34,8 @@ def form(world: GroupWorld, name: str) -> int:
     size = world.random.randint(1, WORKERS)
     members = tuple(sorted(world.random.sample(sorted(world.worlds), size)))
     tokens, max_tokens = world.random.randint(600, 6_000), world.random.randint(1, 6)
-    world.form(name, members, tokens, max_tokens)
+    scheme = GATHERED_RING if world.random.random() < 0.5 else RING
+    world.form(name, members, tokens, max_tokens, scheme=scheme)
     return max_tokens
 
 
@@ -123,6 +125,7 @@ def test_groups_are_paused_as_one_and_get_all_their_tokens(request: pytest.Fixtu
     assert seen["spilled"] > 10
     assert seen["all stand again"] > 3
     assert seen["turn ended"] > 5
+    assert seen["parted"] > 10
 
 
 def test_whatever_is_lost_or_dropped_everything_ends_and_nothing_is_held(request: pytest.FixtureRequest) -> None:

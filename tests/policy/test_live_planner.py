@@ -18,7 +18,7 @@ from common.messages.cluster import (
     WorkerHeartbeat,
     WorkerProfile,
 )
-from common.messages.groups import RING, GroupScheme
+from common.messages.groups import GATHERED_RING, RING, GroupScheme
 from common.messages.scheduling import RequestSubmitted
 from common.messages.sp import FormGroup, GroupFinished, GroupFormed, GroupPrefillFinished
 from common.policy import costs
@@ -58,7 +58,8 @@ def worker(
 
 
 def plan(*ranks: WorkerProfile, free: int = 100_000, kv_tokens: int = 8_000, **settings: object) -> GroupPlan:
-    return plan_group(TOKENS, kv_tokens, [Rank(each, free) for each in ranks], SchedulerConfig(**settings))
+    config = SchedulerConfig(**({"group_gathers": False} | settings))
+    return plan_group(TOKENS, kv_tokens, [Rank(each, free) for each in ranks], config)
 
 
 def pair(**options: object) -> list[WorkerProfile]:
@@ -121,6 +122,16 @@ def test_more_ranks_than_heads_is_refused_with_the_reason():
     assert ("ulysses 4", "3 heads do not reach for 4 processors of a node") in found.refused
     assert "ulysses 4 not: 3 heads do not reach for 4 processors of a node" in found.why
     assert "ring 4" in dict(found.estimates)
+
+
+def test_a_ring_gathers_its_kv_where_rank_0_has_room_for_all_of_it():
+    ranks = pair(heads=(9, 3))
+    found = plan(*ranks, free=8_000, group_gathers=True)
+    assert (found.scheme, found.reserved) == (GATHERED_RING, (8_000, 4_000))
+    full = plan_group(TOKENS, 8_000, [Rank(ranks[0], 7_999), Rank(ranks[1], 9_000)], SchedulerConfig())
+    assert (full.scheme, full.reserved) == (RING, (4_000, 4_000))
+    assert plan(*ranks, free=8_000).scheme == RING, "told not to"
+    assert plan(*pair(heads=(8, 4)), group_gathers=True).scheme == ULYSSES_2, "each rank has its heads' KV"
 
 
 def test_a_share_for_which_a_rank_has_no_room_is_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from common.messages.base import Message
+from common.messages.groups import RING
 from common.messages.sp import (
     DropSegment,
     LoadSegment,
@@ -101,7 +102,7 @@ def test_it_meets_the_others_while_it_computes_and_goes_over_at_the_end_of_a_chu
     scene.enter()
     assert [type(order) for order in scene.others.orders] == [MeetOthers, EnterGroup]
     assert scene.others.orders[1] == EnterGroup(
-        request_id=LONG, attempt=Attempt(0), growth=1, rank=0, size=2, start=512, kept=(512, 0)
+        request_id=LONG, attempt=Attempt(0), growth=1, rank=0, size=2, start=512, kept=(512, 0), scheme=RING
     )
     assert (scene.job.rank, scene.job.size, scene.job.state) == (0, 2, LongState.RUNNING)
     assert scene.passes[-1][0].start == 512
