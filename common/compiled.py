@@ -37,6 +37,7 @@ MODULES = (
     "load_index",
     "membership",
     "paces",
+    "parting",
     "pecsched",
     "placement",
     "preemption",

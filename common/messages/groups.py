@@ -28,7 +28,8 @@ class GroupScheme(Record, frozen=True, kw_only=True):
     """Means nothing where `per_node` is 1, as does `mlp`."""
     mlp: Stage = "ulysses"
     gathers: bool = False
-    """When the prompt is done, rank 0 has the KV of all and decodes alone; the others are free. Of a ring alone."""
+    """Rank 0 has room for the KV of all. It takes that in when the prompt is done, or sooner if it is told to, and goes
+    on alone; the others are free. Of a ring alone."""
 
     def name(self, size: int) -> str:
         """For people: "ring 2", "ulysses 3", "ring 2 x megatron/ulysses 2" (attention first)."""
@@ -56,3 +57,5 @@ class Announcement(Record, frozen=True, kw_only=True):
     start: Tokens
     tokens: Tokens
     step: Annotated[int, Meta(ge=0, le=2**31 - 1)]
+    gathers: bool = False
+    """A chunk: when it is done rank 0 has the KV of all, and the others are needed no more."""

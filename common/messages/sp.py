@@ -78,6 +78,14 @@ class GrowGroup(Message, frozen=True, kw_only=True):
     """As in `FormGroup`."""
 
 
+class PartGroup(Message, frozen=True, kw_only=True):
+    """Give back all workers but rank 0, which takes in their KV in its next chunk and goes on alone. Answered by
+    `GroupParted`, at once by a group that cannot: it goes on as it was."""
+
+    request_id: RequestId
+    attempt: Attempt
+
+
 # --- coordinator → scheduler ---------------------------------------------------------------------
 
 
@@ -118,6 +126,16 @@ class GroupGrown(Message, frozen=True, kw_only=True):
     """Where the larger group took over."""
     reason: str = ""
     """Why it is as it was."""
+
+
+class GroupParted(Message, frozen=True, kw_only=True):
+    """Who prefills it from here on; nobody needs what others hold of it."""
+
+    request_id: RequestId
+    attempt: Attempt
+    members: tuple[WorkerId, ...]
+    prefilled_tokens: Tokens = 0
+    """Where rank 0 went on alone."""
 
 
 class GroupSpilled(Message, frozen=True, kw_only=True):
@@ -241,6 +259,16 @@ class PauseSegment(Message, frozen=True, kw_only=True):
     """To rank 0: not before the chunk that it is in is done."""
 
 
+class PartSegment(Message, frozen=True, kw_only=True):
+    """To rank 0: gather the KV of all with the next chunk, and go on alone. Answered by `SegmentParted`. Idempotent."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+    growth: int
+    """Which group that is about: as in `RunSegment`."""
+
+
 class SpillSegment(Message, frozen=True, kw_only=True):
     """Move this paused share's KV out, to host memory or a file, and free its places. Answered by `SegmentSpilled` or
     `SegmentNotSpilled`. Idempotent."""
@@ -304,6 +332,17 @@ class SegmentPaused(Message, frozen=True, kw_only=True):
     pause_latency_s: Seconds
     """From the receipt of the order, or from the moment a short began to wait here while the long ran if that was
     earlier, to the end of the step that was running (0 if none was)."""
+
+
+class SegmentParted(Message, frozen=True, kw_only=True):
+    """Rank 0 has all KV of its long, and prefills it alone."""
+
+    worker_id: WorkerId
+    request_id: RequestId
+    attempt: Attempt
+    growth: int
+    """Of the group that it has left."""
+    prefilled_tokens: Tokens
 
 
 class SegmentSpilled(Message, frozen=True, kw_only=True):

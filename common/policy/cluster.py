@@ -48,7 +48,9 @@ class Request:
     joining: tuple[WorkerId, ...] = ()
     """Who is to come into the group (`growing.py`)."""
     parted: tuple[WorkerId, ...] = ()
-    """Who was in the group while it prefilled, and has given its share of the KV to rank 0."""
+    """Who was in the group, and has given its share of the KV to rank 0."""
+    parting_since_s: float | None = None
+    """When rank 0 was told to take in all KV and go on alone; None: it was not, or has."""
     growth: int = 0
     """Number of the last try to grow."""
     growth_since_s: float = 0.0

@@ -45,6 +45,12 @@ class GrowLong(msgspec.Struct, frozen=True):
     newcomers: tuple[WorkerId, ...]
 
 
+class PartLong(msgspec.Struct, frozen=True):
+    """Its group gives back all replicas but the first, which goes on alone."""
+
+    request: Request
+
+
 class SpillLong(msgspec.Struct, frozen=True):
     """Move the KV of this paused long out of its replicas."""
 
@@ -57,7 +63,7 @@ class RestoreLong(msgspec.Struct, frozen=True):
     request: Request
 
 
-Decision = PlaceShort | PlaceLong | PauseLong | ResumeLong | GrowLong | SpillLong | RestoreLong
+Decision = PlaceShort | PlaceLong | PauseLong | ResumeLong | GrowLong | PartLong | SpillLong | RestoreLong
 
 
 class SchedulingPolicy(Protocol):

@@ -11,8 +11,7 @@ partial, and the less the later: half way through a prompt of which attention is
 sixth of the rest. It must be worth a few seconds of somebody's time to be worth the trouble, each rank must do
 `EFFICIENCY_MIN` of what it did before, nobody else may be waiting, and the workers must have been idle for a while.
 
-A group never gives a rank back before its prefill is done: a rank that keeps KV is asked for its attention in every
-step.
+What makes a group give ranks back stands in `parting.py`.
 """
 
 from __future__ import annotations
@@ -131,6 +130,8 @@ class Elastic:
                 self._look_s = again_s if self._look_s is None else min(again_s, self._look_s)
                 continue
             if request.state is not RequestState.RUNNING or request.joining or request.scheme.per_node > 1:
+                continue
+            if request.parted or request.parting_since_s is not None:
                 continue
             declined, until_s = before.get(request_id, (0, now_s))
             if seats <= declined and now_s < until_s:

@@ -1,4 +1,4 @@
-"""What a group that grows means for the scheduler's books.
+"""What a group that grows, or gives replicas back, means for the scheduler's books.
 
 A newcomer's seat and KV are taken when the order is given, so that nobody else gets them; whether it is a member, the
 coordinator's word `GroupGrown` says. Until then, and if it never comes to that, the group is what it was: a newcomer
@@ -8,16 +8,20 @@ lost.
 
 A rank sets aside its share of the KV in a group of the size that it comes into; those who were there keep what they set
 aside.
+
+A group gives replicas back by leaving all KV to its first, which had set aside room for it: at the end of its prefill,
+or sooner as ordered (`parting.py`). Then the others' seats are free at once, their KV when they say so.
 """
 
 from __future__ import annotations
 
-from common.messages.sp import GroupGrown, GrowGroup
+from common.messages.sp import GroupGrown, GroupParted, GrowGroup, PartGroup
 from common.policy.cluster import Request
 from common.policy.decisions import GrowLong
 from common.policy.elastic import remaining_s
 from common.policy.ledger import Ledger
 from common.policy.placement import in_rank_order, kv_share, layout_of
+from common.units import WorkerId
 
 
 def grow(ledger: Ledger, decision: GrowLong) -> None:
@@ -79,5 +83,51 @@ def give_back(ledger: Ledger, request: Request, reason: str) -> None:
     ledger.note(request.request_id, f"not grown: {reason}")
     ledger.cluster.unseat(request, newcomers, decodes=False)
     for worker_id in newcomers:
+        ledger.drop_on(worker_id, request.key)
+    ledger.save(request)
+
+
+def part(ledger: Ledger, request: Request) -> None:
+    """Order it, for the first time or again."""
+    request.parting_since_s = ledger.now_s
+    ledger.emit(PartGroup(request_id=request.request_id, attempt=request.spec.attempt))
+
+
+def parted(ledger: Ledger, request: Request, word: GroupParted) -> None:
+    """It has; or it cannot, and goes on as it was."""
+    leaving = tuple(member for member in request.members if member not in word.members)
+    request.parting_since_s = None
+    if not leaving:
+        return
+    pauses, planner = request.pauses, ledger.planner
+    assert pauses is not None
+    done_share = ledger.done_share(request, word.prefilled_tokens)
+    _tell_planner(ledger, request, done_share)
+    let_go(ledger, request, leaving)
+    ledger.cluster.group_resized(request.request_id)
+    pauses.regrouped(ledger.now_s, planner.prefill_s(request.tokens, (1,)) * (1.0 - done_share), done_share)
+    ledger.counters["parted"] += 1
+    ledger.policy.long_changed(request)
+
+
+def _tell_planner(ledger: Ledger, request: Request, done_share: float) -> None:
+    """How long so much of it took. Of one that has grown, since then."""
+    pauses = request.pauses
+    assert pauses is not None
+    done = (done_share - pauses.base_share) / (1.0 - pauses.base_share) if done_share > pauses.base_share else 0.0
+    expected_s = (pauses.estimate_s - pauses.base_s) * done
+    ledger.planner.took(len(request.members), expected_s, pauses.ran_s(ledger.now_s) - pauses.base_s)
+
+
+def let_go(ledger: Ledger, request: Request, leaving: tuple[WorkerId, ...]) -> None:
+    """Of members whose KV rank 0 has: they are free, once they have dropped it."""
+    ledger.cluster.unseat(request, leaving, decodes=False)
+    sizes = zip(request.members, request.sizes, strict=True)
+    request.sizes = tuple(size for member, size in sizes if member not in leaving)
+    request.members = tuple(member for member in request.members if member not in leaving)
+    request.parted += leaving
+    request.parting_since_s = None
+    ledger.note(request.request_id, f"{', '.join(request.members)} goes on alone")
+    for worker_id in leaving:
         ledger.drop_on(worker_id, request.key)
     ledger.save(request)

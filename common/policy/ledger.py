@@ -22,6 +22,7 @@ from common.messages.sp import (
     DissolveGroup,
     FormGroup,
     GrowGroup,
+    PartGroup,
     PauseGroup,
     RestoreGroup,
     ResumeGroup,
@@ -155,7 +156,7 @@ class Ledger:
                 self.drop_on(worker_id, request.key)
         request.prefill_worker = request.decode_worker = None
         request.members = request.joining = request.parted = request.sizes = ()
-        request.growth = 0
+        request.growth, request.parting_since_s = 0, None
         request.pauses = None
 
     def _dissolve(self, request: Request) -> None:
@@ -298,6 +299,7 @@ class Ledger:
         | DropRequest
         | FormGroup
         | GrowGroup
+        | PartGroup
         | PauseGroup
         | ResumeGroup
         | SpillGroup

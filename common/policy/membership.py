@@ -10,6 +10,7 @@ from common.messages.sp import DissolveGroup, PauseGroup, ResumeGroup
 from common.policy.capacity import beyond_capacity
 from common.policy.cluster import Cluster, Decoder, HoldKey, Replica, Request
 from common.policy.growing import order as order_growth
+from common.policy.growing import part as order_parting
 from common.policy.leases import Leases, Role
 from common.policy.ledger import Ledger
 from common.policy.lifecycle import IN_GROUP, RequestState
@@ -273,6 +274,9 @@ class Membership:
         """An order, or its answer, was lost: give it again (the coordinator repeats its answer)."""
         if request.joining and self._ledger.now_s - request.growth_since_s > self._ledger.grace_s:
             order_growth(self._ledger, request)
+        since_s = request.parting_since_s
+        if since_s is not None and self._ledger.now_s - since_s > self._ledger.grace_s:
+            order_parting(self._ledger, request)
         if request.state is RequestState.PAUSING:
             self._ledger.emit(PauseGroup(request_id=request.request_id, attempt=request.spec.attempt))
         elif request.state is RequestState.RESUMING:

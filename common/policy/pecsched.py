@@ -11,7 +11,8 @@ Beyond the paper:
   counts against work: the rank is `work - aging * waited`. All ranks fall alike as time passes, so the order of any
   two longs never changes while they wait, and each is first after a bounded time.
 - Shorts go by deadline where clients give one.
-- A long that prefills takes in replicas that nobody wants (`elastic.py`).
+- A long that prefills takes in replicas that nobody wants (`elastic.py`), and gives back what others would make more of
+  (`parting.py`).
 - Longs leave some replicas to shorts, `shorts_spare` times as many as these have kept busy lately, where that costs
   less than pausing: a short that pauses a group of d stops d replicas to use one. What a burst needs beyond, it
   gets by pausing. Small groups are cheap to pause, and take every place. One long runs in any case; where shorts
@@ -29,6 +30,7 @@ from common.policy.decisions import Decision, PauseLong, PlaceLong, PlaceShort, 
 from common.policy.elastic import Elastic
 from common.policy.lifecycle import RequestState
 from common.policy.long_planner import LongPlanner
+from common.policy.parting import Parting
 from common.policy.placement import NoPlace, bounds_of, decoder_for, group_for_long, kv_share, place_short
 from common.policy.queues import RequestQueue, by_arrival
 from common.policy.scheduler_config import SchedulerConfig
@@ -78,6 +80,7 @@ class PecSchedPolicy:
         """Longs whose pause may have to begin or end."""
         self._timers: Timers[RequestId] = Timers()
         self._elastic = Elastic(config, planner) if config.elastic and config.group_max > 1 else None
+        self._parting = None if self._elastic is None or not config.group_gathers else Parting(planner)
         self._retry_s: float | None = None
         """When the head of the shorts may pause somebody."""
 
@@ -137,6 +140,7 @@ class PecSchedPolicy:
             or self._next_long(cluster, now_s)
             or (self._next_pause_change(cluster, now_s) if self._touched else None)
             or (self._next_growth(cluster, now_s) if self._elastic is not None else None)
+            or (self._next_parting(cluster, now_s) if self._parting is not None else None)
         )
 
     def _next_short(self, cluster: Cluster, request: Request, now_s: float) -> Decision | None:
@@ -266,6 +270,14 @@ class PecSchedPolicy:
             return None
         spare = math.ceil(self._config.shorts_spare * self._load.replicas(now_s)) if len(cluster.vacant) else 0
         return self._elastic.decide(cluster, spare, now_s)
+
+    def _next_parting(self, cluster: Cluster, now_s: float) -> Decision | None:
+        assert self._parting is not None
+        if not self._parting.is_due(cluster, now_s):
+            return None
+        waiting = self._longs.head
+        spare = 0 if waiting is None else self._spare(cluster, waiting, now_s)
+        return self._parting.decide(cluster, waiting, spare, now_s)
 
     def next_deadline_s(self) -> float | None:
         grows_s = None if self._elastic is None else self._elastic.next_deadline_s()

@@ -265,7 +265,9 @@ class PrefillBooks:
             if call is None or expected is None or long.verdict is not None:
                 continue
             same = (call.kind, call.start, call.step) == (expected.kind, expected.start, expected.step)
-            fits = call.tokens == expected.tokens or (call.step == 0 and 0 < call.tokens < expected.tokens)
+            begins = call.step == 0
+            fits = call.tokens == expected.tokens or (begins and 0 < call.tokens < expected.tokens)
+            fits = fits and (begins or call.gathers == expected.gathers)
             if not (same and fits):
                 self.end(long, Verdict("failed", f"called to {call}, which does not follow: {expected} would"))
 
@@ -304,7 +306,7 @@ class PrefillBooks:
         job.row_pass_id = self._passes
         if job.state is LongState.RUNNING:
             job.started = True
-            job.chunk_tokens = segment.tokens
+            job.chunk_tokens, job.chunk_gathers = segment.tokens, segment.gathers
             if job.running_since_s is None:
                 job.running_since_s = self.now_s
 

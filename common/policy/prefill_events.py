@@ -23,6 +23,7 @@ from common.messages.sp import (
     DropSegment,
     LoadSegment,
     MeetRanks,
+    PartSegment,
     PauseSegment,
     RanksMet,
     RestoreSegment,
@@ -32,6 +33,7 @@ from common.messages.sp import (
     SegmentFinished,
     SegmentLoaded,
     SegmentNotSpilled,
+    SegmentParted,
     SegmentPaused,
     SegmentPrefilled,
     SegmentRunning,
@@ -111,6 +113,8 @@ class PassSegment(Record, frozen=True, kw_only=True):
     tokens: Tokens
     sample: bool
     """Draw a token from the logits of the last position."""
+    gathers: bool = False
+    """Of a group's chunk: when it is done, rank 0 has the KV of all."""
 
 
 class RunPass(Record, frozen=True, kw_only=True):
@@ -358,6 +362,7 @@ PrefillOrder = (
     | MeetRanks
     | RunSegment
     | PauseSegment
+    | PartSegment
     | SpillSegment
     | RestoreSegment
     | DropSegment
@@ -388,6 +393,7 @@ ToCoordinator = (
     | RanksMet
     | SegmentRunning
     | SegmentPaused
+    | SegmentParted
     | SegmentSpilled
     | SegmentNotSpilled
     | SegmentPrefilled

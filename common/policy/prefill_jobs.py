@@ -7,7 +7,7 @@ is loaded, runs, is paused and runs again, and decodes here. Both can end in eve
 
 A long may be *shared*: this worker is one rank of the group that computes it. Rank 0 runs it as any other long. A
 follower counts the same tokens and steps, runs what it is called to and nothing else, and draws nothing. Where rank 0
-gathers all KV, the long is its own alone when the prompt is done.
+gathers all KV, the long is its own alone from then on.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class LongState(StrEnum):
     RESTORING = "restoring"
     DECODING = "decoding"
     GATHERED = "gathered"
-    """Follower: rank 0 has this share's KV, too, and decodes alone. It is to be dropped."""
+    """Follower: rank 0 has this share's KV, too, and goes on alone. It is to be dropped."""
     GONE = "gone"
 
 
@@ -212,6 +212,10 @@ class LongJob(Job):
     """Of the chunk begun and not finished; 0: none."""
     chunk_steps: int = 0
     """Steps done of that chunk."""
+    chunk_gathers: bool = False
+    """When that chunk is done, rank 0 has the KV of all (`prefill_parting.py`)."""
+    parts: int | None = None
+    """Rank 0: told to gather with the next chunk, in the group of this growth."""
     steps: int = 0
     """Steps of finished chunks."""
     rank: int = 0
@@ -266,12 +270,19 @@ class LongJob(Job):
         if self.state in (L.LOADING, L.GATHERED, L.GONE):
             return None
         tokens = self.chunk_tokens if self.chunk_steps else self.remaining
-        return Announcement(pass_no=1, kind="chunk", start=self.prefilled, tokens=tokens, step=self.chunk_steps)
+        return Announcement(
+            pass_no=1,
+            kind="chunk",
+            start=self.prefilled,
+            tokens=tokens,
+            step=self.chunk_steps,
+            gathers=self.chunk_gathers,
+        )
 
     @property
-    def has_parted(self) -> bool:
-        """The prefill is done, and rank 0 has all KV: the other ranks are nobody's concern any more."""
-        return self.scheme.gathers and self.state in (L.DECODING, L.GATHERED)
+    def minds_others(self) -> bool:
+        """Whether it is lost with another rank."""
+        return self.is_shared and self.state is not L.GATHERED
 
     @property
     def steps_done(self) -> int:

@@ -17,6 +17,7 @@ from common.messages.sp import (
     SegmentFinished,
     SegmentLoaded,
     SegmentNotSpilled,
+    SegmentParted,
     SegmentPaused,
     SegmentPrefilled,
     SegmentRunning,
@@ -165,6 +166,10 @@ class Outbox:
                 pause_latency_s=job.last_pause_latency_s,
             )
         )
+
+    def segment_parted(self, job: LongJob) -> None:
+        about = self._about(job.request_id, job.attempt)
+        self.do(SegmentParted(**about, growth=job.growth, prefilled_tokens=job.prefilled))
 
     def ranks_met(self, request_id: RequestId, attempt: Attempt, growth: int, reason: str = "") -> None:
         self.do(RanksMet(**self._about(request_id, attempt), growth=growth, reason=reason))

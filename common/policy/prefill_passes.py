@@ -211,7 +211,9 @@ def _chunk(config: PrefillWorkerConfig, long: LongJob) -> PassPlan:
     resumed = long if long.chunk_tokens else None
     if long.called is not None:
         call = long.called
-        joined = PassSegment(request_id=long.request_id, start=call.start, tokens=call.tokens, sample=False)
+        joined = PassSegment(
+            request_id=long.request_id, start=call.start, tokens=call.tokens, sample=False, gathers=call.gathers
+        )
         return PassPlan(kind="chunk", segments=(joined,), resumed=resumed)
     fitting = costs.chunk_tokens(
         _cost_of_share(config.step_cost, long.size),
@@ -221,8 +223,14 @@ def _chunk(config: PrefillWorkerConfig, long: LongJob) -> PassPlan:
         tokens_max=config.chunk_tokens * long.size,
     )
     tokens = long.chunk_tokens or min(fitting, long.remaining)
+    is_last = tokens == long.remaining
+    gathers = long.is_shared and long.scheme.gathers and (is_last or long.parts == long.growth)
     segment = PassSegment(
-        request_id=long.request_id, start=long.prefilled, tokens=tokens, sample=tokens == long.remaining
+        request_id=long.request_id,
+        start=long.prefilled,
+        tokens=tokens,
+        sample=is_last,
+        gathers=long.chunk_gathers if long.chunk_tokens else gathers,
     )
     return PassPlan(kind="chunk", segments=(segment,), resumed=resumed)
 

@@ -12,7 +12,8 @@ Rules, beside those of `prefill_passes.py` (which pass is next) and `prefill_job
   in it are computed all the same.
 - A follower of a group stops when rank 0 does, in the very step; being told to pause, it waits for that and says where
   it stands. Its share of a pass ends with the others': to drop it meanwhile, the group is broken.
-- A rank of a group that grows goes over to the larger one between two chunks (`prefill_growth.py`).
+- A rank of a group that grows goes over to the larger one between two chunks (`prefill_growth.py`); rank 0 may also
+  take in the KV of all and go on alone (`prefill_parting.py`).
 - Every short ends with exactly one `KvReleased` or, decoded here, `DecodeFinished`, its last message; every long with
   `SegmentFinished`, `SegmentFailed` or `SegmentDropped`.
 - The KV of a paused long may be moved out of its places, and is brought back before it runs on: `prefill_spill.py`.
@@ -31,6 +32,7 @@ from common.messages.sp import (
     DropSegment,
     LoadSegment,
     MeetRanks,
+    PartSegment,
     PauseSegment,
     RestoreSegment,
     RunSegment,
@@ -66,6 +68,7 @@ from common.policy.prefill_events import (
 )
 from common.policy.prefill_growth import enter_group, meet, others_met
 from common.policy.prefill_jobs import Asker, LongJob, LongState, ShortJob, ShortState, Verdict, finish_reason
+from common.policy.prefill_parting import gathered, part
 from common.units import Attempt, RequestId
 
 
@@ -99,7 +102,7 @@ class PrefillWorkerCore:
                 | DropSegment()
             ):
                 self._obey(event)
-            case SpillSegment() | RestoreSegment():
+            case PartSegment() | SpillSegment() | RestoreSegment():
                 self._obey(event)
             case SequenceOpened():
                 self._opened(event)
@@ -171,6 +174,8 @@ class PrefillWorkerCore:
                 self._run_segment(order)
             case PauseSegment():
                 self._pause_segment(order)
+            case PartSegment():
+                part(self.books, order)
             case SpillSegment() | RestoreSegment():
                 self._move_segment(order)
             case DropRequest():
@@ -312,7 +317,7 @@ class PrefillWorkerCore:
 
     def _lost(self, event: GroupLost) -> None:
         held = self.books.jobs.get(event.request_id)
-        if not isinstance(held, LongJob) or held.attempt != event.attempt or held.has_parted:
+        if not isinstance(held, LongJob) or held.attempt != event.attempt or not held.minds_others:
             return
         if not self.books.in_pass(held):  # one in a pass ends with that
             self.books.end(held, Verdict("failed", event.reason))
@@ -389,7 +394,12 @@ class PrefillWorkerCore:
         job.advanced_s = self.books.now_s
         if job.verdict is not None:
             self.books.settle(job)
-        elif job.remaining:
+            return
+        if job.chunk_gathers:
+            gathered(self.books, job)
+        if job.state is LongState.GATHERED:
+            return
+        if job.remaining:
             if job.state is LongState.PAUSING:
                 self._paused(job, self._pause_latency_s(job))
             elif job.ends_chunk:
@@ -405,17 +415,8 @@ class PrefillWorkerCore:
                 self.books.out.segment_finished(job, reason)
                 self.books.end(job, Verdict("finished", reason))
                 return
-            self._decodes(job)
-
-    def _decodes(self, job: LongJob) -> None:
-        """The prompt is done."""
-        if job.scheme.gathers and job.follows:
-            job.move(LongState.GATHERED)
-            return
-        job.move(LongState.DECODING)
-        if job.scheme.gathers:
-            job.size = 1
-        self.books.out.place_kv(job, "decoding")
+            job.move(LongState.DECODING)
+            self.books.out.place_kv(job, "decoding")
 
     def _row_advanced(self, job: ShortJob | LongJob, token: SampledToken | None) -> None:
         if job.verdict is not None:

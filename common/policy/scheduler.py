@@ -43,6 +43,7 @@ from common.messages.sp import (
     GroupFormed,
     GroupGrown,
     GroupNotSpilled,
+    GroupParted,
     GroupPaused,
     GroupPrefillFinished,
     GroupResumed,
@@ -57,6 +58,7 @@ from common.policy.core import TimePassed
 from common.policy.decisions import (
     Decision,
     GrowLong,
+    PartLong,
     PauseLong,
     PlaceLong,
     PlaceShort,
@@ -64,9 +66,9 @@ from common.policy.decisions import (
     ResumeLong,
     SpillLong,
 )
-from common.policy.growing import give_back, grow, grown
+from common.policy.growing import give_back, grow, grown, let_go, part, parted
 from common.policy.ledger import Ledger
-from common.policy.lifecycle import HANDING_OVER, IN_GROUP, MOVED_LONG, RequestState
+from common.policy.lifecycle import HANDING_OVER, IN_GROUP, MOVED_LONG, PREFILLING_LONG, RequestState
 from common.policy.live_planner import GroupPlan, Rank, plan_group
 from common.policy.long_planner import LongPlanner
 from common.policy.membership import Membership
@@ -76,7 +78,7 @@ from common.policy.scheduler_config import SchedulerConfig
 from common.policy.scheduler_io import SchedulerCommand, SchedulerEvent
 from common.policy.spill_orders import SpillOrders
 from common.policy.view import describe
-from common.units import RequestId, WorkerId
+from common.units import RequestId
 
 HEAD_OF_QUEUE = -(10**12)
 """Orders of requests that were running before this scheduler started: ahead of every new one."""
@@ -162,7 +164,7 @@ class Scheduler:
                 self._on_prefill_finished(event)
             case DecodeFinished():
                 self._on_decode_finished(event)
-            case GroupFormed() | GroupPaused() | GroupResumed() | GroupPrefillFinished() | GroupGrown():
+            case GroupFormed() | GroupPaused() | GroupResumed() | GroupPrefillFinished() | GroupGrown() | GroupParted():
                 self._on_group_moved(event)
             case GroupSpilled() | GroupNotSpilled():
                 self._spill_orders.answered(event)
@@ -342,7 +344,7 @@ class Scheduler:
     # --- longs -----------------------------------------------------------------------------------
 
     def _on_group_moved(
-        self, event: GroupFormed | GroupPaused | GroupResumed | GroupPrefillFinished | GroupGrown
+        self, event: GroupFormed | GroupPaused | GroupResumed | GroupPrefillFinished | GroupGrown | GroupParted
     ) -> None:
         request = self._ledger.current(event.request_id, event.attempt)
         if request is None or request.pauses is None:
@@ -365,6 +367,8 @@ class Scheduler:
                 self._on_group_prefilled(request, event)
             case GroupGrown():
                 grown(self._ledger, request, event)
+            case GroupParted() if state in PREFILLING_LONG:
+                parted(self._ledger, request, event)
             case _:
                 pass  # it has been heard, or was overtaken
 
@@ -376,26 +380,12 @@ class Scheduler:
         request.pauses.resumed(self._ledger.now_s, self._bounds)
         self._tell_planner(request, request.pauses)
         give_back(self._ledger, request, "the prefill ended first")
-        if event.members:
-            self._part(request, tuple(member for member in request.members if member not in event.members))
+        if event.members and (leaving := tuple(m for m in request.members if m not in event.members)):
+            let_go(self._ledger, request, leaving)
         self._cluster.unseat_long(request, decodes=event.finish_reason is None)
         self._ledger.move(request, RequestState.DECODING)
         for worker_id in request.members:
             self._policy.replica_eased(worker_id, self._cluster)
-
-    def _part(self, request: Request, leaving: tuple[WorkerId, ...]) -> None:
-        """Rank 0 has their share of the KV, too: they are free, once they have dropped it."""
-        if not leaving:
-            return
-        self._cluster.unseat(request, leaving, decodes=False)
-        sizes = zip(request.members, request.sizes, strict=True)
-        request.sizes = tuple(size for member, size in sizes if member not in leaving)
-        request.members = tuple(member for member in request.members if member not in leaving)
-        request.parted = leaving
-        self._ledger.note(request.request_id, f"decodes on {', '.join(request.members)} alone")
-        for worker_id in leaving:
-            self._ledger.drop_on(worker_id, request.key)
-        self._ledger.save(request)
 
     def _tell_planner(self, request: Request, pauses: PauseAccount) -> None:
         """How long it took. Of one that grew, since then."""
@@ -438,6 +428,8 @@ class Scheduler:
                 )
             case GrowLong():
                 grow(self._ledger, decision)
+            case PartLong():
+                part(self._ledger, decision.request)
             case SpillLong():
                 self._spill_orders.spill(decision.request)
             case RestoreLong():

@@ -37,11 +37,13 @@ from common.messages.sp import (
     GroupFormed,
     GroupGrown,
     GroupNotSpilled,
+    GroupParted,
     GroupPaused,
     GroupPrefillFinished,
     GroupResumed,
     GroupSpilled,
     GrowGroup,
+    PartGroup,
     PauseGroup,
     RestoreGroup,
     ResumeGroup,
@@ -120,6 +122,7 @@ SchedulerHeard = (
     | CoordinatorLeft
     | GroupFormed
     | GroupGrown
+    | GroupParted
     | GroupPaused
     | GroupSpilled
     | GroupNotSpilled
@@ -145,6 +148,7 @@ SchedulerCommand = (
     | DropRequest
     | FormGroup
     | GrowGroup
+    | PartGroup
     | PauseGroup
     | ResumeGroup
     | SpillGroup

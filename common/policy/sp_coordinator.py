@@ -9,7 +9,8 @@ The rules of one group stand in `sp_group.py`. Here is what spans groups:
   groups are kept for that.
 - A member that reports progress of a group nobody drives here (a former coordinator's) is told to drop it.
 - Every order is answered: `FormGroup` by GroupFormed, `PauseGroup` by GroupPaused or GroupPrefillFinished,
-  `ResumeGroup` by GroupResumed or GroupPrefillFinished, `GrowGroup` by GroupGrown, `SpillGroup` by GroupSpilled or
+  `ResumeGroup` by GroupResumed or GroupPrefillFinished, `GrowGroup` by GroupGrown, `PartGroup` by
+  GroupParted, `SpillGroup` by GroupSpilled or
   GroupNotSpilled, `RestoreGroup` by GroupPaused, `DissolveGroup` by GroupFailed, and each of them, at any time, by the
   group's ending. An order overtaken by its opposite is answered by the opposite's answer.
 """
@@ -27,6 +28,7 @@ from common.messages.sp import (
     FormGroup,
     GroupFailed,
     GrowGroup,
+    PartGroup,
     PauseGroup,
     PauseSegment,
     RanksMet,
@@ -38,6 +40,7 @@ from common.messages.sp import (
     SegmentFinished,
     SegmentLoaded,
     SegmentNotSpilled,
+    SegmentParted,
     SegmentPaused,
     SegmentPrefilled,
     SegmentRunning,
@@ -79,6 +82,7 @@ from common.policy.sp_io import (
     StopAsked,
 )
 from common.policy.sp_orders import load_order
+from common.policy.sp_parting import let_go, part, parted
 from common.policy.sp_spill import Spilling
 from common.policy.sp_voice import Voice
 from common.policy.timers import Timers
@@ -121,6 +125,7 @@ class SpCoordinator:
             case (
                 FormGroup()
                 | GrowGroup()
+                | PartGroup()
                 | PauseGroup()
                 | ResumeGroup()
                 | SpillGroup()
@@ -191,6 +196,8 @@ class SpCoordinator:
                 self._voice.say(self._failed(key, "no such group is driven here", retryable=True))
             case GrowGroup():
                 grow(self._voice, group, order)
+            case PartGroup():
+                part(self._voice, group)
             case PauseGroup():
                 self._pause(group)
             case ResumeGroup():
@@ -298,6 +305,8 @@ class SpCoordinator:
             case SegmentPaused():
                 if rank.phase in (R.STOPPING, R.ENDING, R.RESTORING):
                     rank.paused(word)
+            case SegmentParted():
+                parted(self._voice, group, word)
             case SegmentSpilled() | SegmentNotSpilled():
                 self._spilling.heard(group, rank, word)
             case SegmentPrefilled():
@@ -399,8 +408,7 @@ class SpCoordinator:
         for rank in group.followers:
             rank.phase = R.PREFILLED
         if group.scheme.gathers:
-            for rank in group.part():
-                self._voice.tell(group, rank, R.DROPPING, DropSegment)
+            let_go(self._voice, group)
         self._voice.move(group, G.DECODING)
         self._voice.say(group.prefill_finished_word(self._voice.cause))
         return True

@@ -10,8 +10,8 @@ The rules, in sentences:
   of them have said that they can join it, so that it does not wait in a pass for a rank that serves shorts.
 - Rank 0 ends the prefill, since it draws the first token, and ends the request, since it draws the last: whatever the
   followers have said by then. They are then told to drop their share, which is their normal end.
-- Where the scheme gathers, rank 0 has all KV when the prefill is done. Then it is the group; the others are told to
-  drop their share, and whatever becomes of them changes nothing.
+- Where the scheme gathers, rank 0 has all KV when the prefill is done, or sooner, and is the group from then on:
+  `sp_parting.py`.
 - A group that decodes is dissolved from rank 0 on: the others are told when it has dropped its share, or has not
   answered for `LEADER_FIRST_S`. Else the pass that rank 0 is in would break, and what shares it begin a step anew.
 - The scheduler's last wish counts. A pause asked while the group forms or resumes, a resume asked while it
@@ -44,6 +44,7 @@ from common.messages.sp import (
     GroupFormed,
     GroupGrown,
     GroupNotSpilled,
+    GroupParted,
     GroupPaused,
     GroupPrefillFinished,
     GroupResumed,
@@ -65,7 +66,9 @@ LEADER_FIRST_S = 1.0
 """A step of decoding takes less."""
 
 GroupKey = tuple[RequestId, Attempt]
-GroupStanding = GroupFormed | GroupGrown | GroupPaused | GroupSpilled | GroupResumed | GroupPrefillFinished
+GroupStanding = (
+    GroupFormed | GroupGrown | GroupParted | GroupPaused | GroupSpilled | GroupResumed | GroupPrefillFinished
+)
 
 
 class GroupState(StrEnum):
@@ -200,6 +203,10 @@ class Group:
     tried: int = 0
     """To grow, the last that ended."""
     trying: Growth | None = None
+    parts: bool = False
+    """Rank 0 is told to go on alone (`sp_parting.py`)."""
+    parted_at: int | None = None
+    """Tokens prefilled when it did."""
     letting_go: set[WorkerId] = field(default_factory=set)
     """Were to come in, or rank 0 has gathered their KV: were told to drop it, and have not said that they did."""
 
@@ -280,11 +287,11 @@ class Group:
         """Again what was said when it came where it stands; nothing where the next word is still to come."""
         match self.state:
             case G.PREFILLING | G.SWITCHING:
-                return [self.formed_word(cause), *self._grown_words(cause), self.resumed_word(cause)]
+                return [*self._former_words(cause), self.resumed_word(cause)]
             case G.PAUSED:
-                return [self.formed_word(cause), *self._grown_words(cause), self.paused_word(cause)]
+                return [*self._former_words(cause), self.paused_word(cause)]
             case G.SPILLED:
-                return [self.formed_word(cause), *self._grown_words(cause), self.spilled_word(cause)]
+                return [*self._former_words(cause), self.spilled_word(cause)]
             case G.DECODING:
                 return [self.prefill_finished_word(cause)]
             case _:
@@ -296,8 +303,24 @@ class Group:
     def resumed_word(self, cause: str) -> GroupResumed:
         return GroupResumed(request_id=self.spec.request_id, attempt=self.spec.attempt, cause=cause)
 
-    def _grown_words(self, cause: str) -> list[GroupGrown]:
-        return [self.grown_word(cause, self.tried)] if self.tried and self.trying is None else []
+    def _former_words(self, cause: str) -> list[GroupStanding]:
+        """Of what came before this state and goes on."""
+        words: list[GroupStanding] = [self.formed_word(cause)]
+        if self.tried and self.trying is None:
+            words.append(self.grown_word(cause, self.tried))
+        if self.parted_at is not None:
+            words.append(self.parted_word(cause))
+        return words
+
+    def parted_word(self, cause: str) -> GroupParted:
+        request_id, attempt = self.key
+        return GroupParted(
+            request_id=request_id,
+            attempt=attempt,
+            members=self.members,
+            prefilled_tokens=self.parted_at or 0,
+            cause=cause,
+        )
 
     def grown_word(self, cause: str, growth: int, reason: str = "") -> GroupGrown:
         """Of a try that has ended."""

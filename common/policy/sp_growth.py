@@ -105,8 +105,8 @@ def _load(voice: Voice, group: Group, order: GrowGroup, number: int) -> LoadSegm
 def _why_not(group: Group, order: GrowGroup) -> str:
     """Why it stays as it is; empty: it may grow."""
     members, addresses, mine = order.members, order.addresses, group.members
-    if group.state is not GroupState.PREFILLING:
-        return f"it is {group.state}"
+    if group.state is not GroupState.PREFILLING or group.parts:
+        return "it gives workers back" if group.parts else f"it is {group.state}"
     if group.scheme.per_node > 1:
         return f"{group.scheme.name(len(mine))}: only rings grow"
     if not len(mine) < len(set(members)) == len(members) <= RANKS_MAX:

@@ -12,6 +12,7 @@ from common.messages.sp import (
     GroupFormed,
     GroupGrown,
     GroupNotSpilled,
+    GroupParted,
     GroupPaused,
     GroupPrefillFinished,
     GroupResumed,
@@ -19,6 +20,8 @@ from common.messages.sp import (
     GrowGroup,
     LoadSegment,
     MeetRanks,
+    PartGroup,
+    PartSegment,
     PauseGroup,
     PauseSegment,
     RanksMet,
@@ -31,6 +34,7 @@ from common.messages.sp import (
     SegmentFinished,
     SegmentLoaded,
     SegmentNotSpilled,
+    SegmentParted,
     SegmentPaused,
     SegmentPrefilled,
     SegmentRunning,
@@ -45,12 +49,13 @@ class StopAsked(Record, frozen=True, kw_only=True):
     """From the shell: take no new group, dissolve all."""
 
 
-GroupOrder = FormGroup | GrowGroup | PauseGroup | ResumeGroup | SpillGroup | RestoreGroup | DissolveGroup
+GroupOrder = FormGroup | GrowGroup | PartGroup | PauseGroup | ResumeGroup | SpillGroup | RestoreGroup | DissolveGroup
 MemberWord = (
     SegmentLoaded
     | RanksMet
     | SegmentRunning
     | SegmentPaused
+    | SegmentParted
     | SegmentSpilled
     | SegmentNotSpilled
     | SegmentPrefilled
@@ -62,11 +67,14 @@ CoordinatorHeard = GroupOrder | MemberWord
 """What others tell it."""
 CoordinatorEvent = CoordinatorHeard | StopAsked | TimePassed
 
-MemberOrder = LoadSegment | MeetRanks | RunSegment | PauseSegment | SpillSegment | RestoreSegment | DropSegment
+MemberOrder = (
+    LoadSegment | MeetRanks | RunSegment | PauseSegment | PartSegment | SpillSegment | RestoreSegment | DropSegment
+)
 GroupEnding = GroupFinished | GroupFailed
 GroupWord = (
     GroupFormed
     | GroupGrown
+    | GroupParted
     | GroupPaused
     | GroupSpilled
     | GroupNotSpilled

@@ -10,6 +10,7 @@ from common.messages.sp import (
     DropSegment,
     LoadSegment,
     MeetRanks,
+    PartSegment,
     PauseSegment,
     RestoreSegment,
     RunSegment,
@@ -20,7 +21,7 @@ from common.policy.sp_io import CoordinatorCommand
 from common.policy.story import StoryLog
 from common.units import RequestId, WorkerId
 
-StandingOrder = MeetRanks | RunSegment | PauseSegment | SpillSegment | RestoreSegment | DropSegment
+StandingOrder = MeetRanks | RunSegment | PauseSegment | PartSegment | SpillSegment | RestoreSegment | DropSegment
 
 STORIES_KEPT = 1_000
 STORY_LINES_MAX = 200

@@ -155,6 +155,8 @@ def _refuse_misfit(sequence: HeldSequence, segment: Segment, twice: bool) -> Non
     if sequence.shared is not None:
         _refuse_misshared(sequence.shared, sequence, segment)
         return
+    if segment.gathers:
+        raise EngineError(f"request {name} is computed here alone: there is nothing to gather")
     if segment.tokens < 1 or end > len(sequence.token_ids):
         raise EngineError(f"request {name}: no tokens [{segment.start}, {end}), it has {len(sequence.token_ids)}")
     if end > sequence.kv.capacity_tokens:
@@ -167,6 +169,8 @@ def _refuse_misshared(shared: SharedSequence, sequence: HeldSequence, segment: S
     """A follower does not know the tokens drawn, and a rank keeps no more than its part of the KV."""
     name, end = segment.request_id, segment.start + segment.tokens
     leads, in_prompt = shared.share.rank == 0, end <= shared.prompt_tokens
+    if segment.gathers and not (in_prompt and shared.share.scheme.gathers):
+        raise EngineError(f"request {name}: rank 0 has no room for all KV, or [{segment.start}, {end}) is no chunk")
     if segment.tokens < 1 or end > shared.kv_tokens or not (in_prompt or segment.tokens == 1):
         raise EngineError(f"request {name}: [{segment.start}, {end}) is neither a chunk of its prompt nor one token")
     if leads and end > len(sequence.token_ids):

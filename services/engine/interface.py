@@ -95,6 +95,8 @@ class Segment:
     tokens: int
     sample: bool
     """Draw a token from the logits of the segment's last position."""
+    gathers: bool = False
+    """Of a ring's chunk: when it is done, rank 0 has the KV of all, and computes the sequence alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +159,8 @@ class PrefillEngine(Protocol):
         most one shared sequence may be in a pass. `stop` is rank 0's alone: all ranks then stop after the same step;
         on a follower it does nothing to a pass with a shared sequence. If the group breaks, `run` and `resume` raise
         GroupBroken, an EngineError; where other sequences are in the pass, it goes on with these, to its end, and says
-        so (`PassResult.broken_off`). By a scheme that gathers, rank 0 has all KV when the prompt is done: there it is a
-        sequence like any other from then on, and the others are not called again.
+        so (`PassResult.broken_off`). After a segment that gathers it is a sequence like any other on rank 0, which must
+        have reserved all KV (`GroupScheme.gathers`), and the others are not called again.
         Raises: KvFull, EngineError (as `open`; the link is then still the caller's)."""
         ...
 

@@ -5,7 +5,7 @@ more than one's own tokens, and only there ranks exchange tensors. Attention: in
 `megatron.py` with the projections), between nodes round a ring (`ring.py`). And linear work, where a node's ranks split
 the weights rather than the tokens (`megatron.py`). Everything else transformers' modules do to the own tokens.
 A token drawn goes through the modules of rank 0 alone; the others lend it their KV (`shard_decode.py`), or have brought
-it to rank 0 layer by layer in the prompt's last pass (`GroupScheme.gathers`), and are needed no more.
+it to rank 0 layer by layer in a last common chunk (`Segment.gathers`), and are needed no more.
 
 Every step begins with a message of rank 0 to each other rank, which also says whether the pass stops after it. Where
 rank 0 has more to send to each of them in the same step, what it says last counts: a stop asked for while it
@@ -34,8 +34,18 @@ from services.engine.weight_shares import LayerShare
 class GroupPass:
     """A shared sequence's part of one pass, on one rank. For one thread at a time."""
 
-    def __init__(self, shared: SharedSequence, start: int, tokens: int, stop_wanted: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        shared: SharedSequence,
+        start: int,
+        tokens: int,
+        stop_wanted: Callable[[], bool],
+        *,
+        gathers: bool = False,
+    ) -> None:
         self.shared = shared
+        self.gathers = gathers
+        """Rank 0 has the KV of all when this pass is done."""
         self.link = shared.share.link
         self.scheme, self.mesh = shared.share.scheme, shared.share.mesh
         self.rank, self.size = shared.share.rank, shared.share.size
@@ -138,7 +148,7 @@ class GroupPass:
 
     def agreed(self, step: int) -> Announcement:
         """Loop thread, before the pass begins or goes on from this step. Raises: GroupBroken."""
-        return self.shared.agreed(self.start, self.tokens, step)
+        return self.shared.agreed(self.start, self.tokens, step, gathers=self.gathers)
 
     def open(self, announcement: Announcement) -> None:
         """Computing thread, before the first step, and before the next one when a stopped pass goes on."""
@@ -161,11 +171,6 @@ class GroupPass:
             self.stopping = self.link.receive(0, self._step)
         if self.gathers:
             self._gather(kv)
-
-    @property
-    def gathers(self) -> bool:
-        """Whether rank 0 has the KV of all when this pass is done."""
-        return self.shared.gathers(self.end)
 
     def _gather(self, kv: SequenceKv) -> None:
         """Bring this layer's KV to rank 0: that of rank 1 behind its own, then that of rank 2, and so on. (Keys know

@@ -40,10 +40,6 @@ class SharedSequence:
 
         self.share.link.on_call(heard)
 
-    def gathers(self, end: int) -> bool:
-        """Whether a pass up to this token ends with the KV of all on rank 0."""
-        return self.share.scheme.gathers and end == self.prompt_tokens
-
     def bounds(self, start: int, tokens: int) -> tuple[int, ...]:
         """Who computes which of these tokens, counted from `start`: a part of the prompt each, or rank 0 the one
         token drawn."""
@@ -51,7 +47,7 @@ class SharedSequence:
             return (0, *[tokens] * self.share.size)
         return self.share.mesh.bounds(start, tokens)
 
-    def agreed(self, start: int, tokens: int, step: int) -> Announcement:
+    def agreed(self, start: int, tokens: int, step: int, *, gathers: bool) -> Announcement:
         """A pass of these tokens begins, or goes on from this step: what rank 0 announces, or has announced.
         Raises: GroupBroken (this follower was called to another)."""
         if self.share.rank == 0:
@@ -62,9 +58,12 @@ class SharedSequence:
                 start=start,
                 tokens=tokens,
                 step=step,
+                gathers=gathers,
             )
         called, self.called = self.called, None
-        if called is None or (called.start, called.tokens, called.step) != (start, tokens, step):
+        mine = (start, tokens, step, gathers)
+        if called is None or (called.start, called.tokens, called.step, called.gathers) != mine:
             self.share.link.abort()
-            raise GroupBroken(f"called to {called}, not to tokens [{start}, {start + tokens}) from step {step}")
+            to = f"tokens [{start}, {start + tokens}) from step {step}{', to gather' if gathers else ''}"
+            raise GroupBroken(f"called to {called}, not to {to}")
         return called

@@ -31,10 +31,6 @@ class TimedGroup:
     def leads(self) -> bool:
         return self.shared.share.rank == 0
 
-    def gathers(self, end: int) -> bool:
-        """Whether rank 0 has all KV when a pass up to this token is done."""
-        return self.shared.gathers(end)
-
     def own(self, segment: Segment) -> range:
         """Positions that are computed here."""
         bounds, rank = self.shared.bounds(segment.start, segment.tokens), self.shared.share.rank
@@ -43,7 +39,7 @@ class TimedGroup:
     @asynccontextmanager
     async def in_pass(self, segment: Segment, step: int) -> AsyncIterator[None]:
         """Around the steps of a pass, from this one on. Whatever goes wrong breaks the group. Raises: GroupBroken."""
-        announcement = self.shared.agreed(segment.start, segment.tokens, step)
+        announcement = self.shared.agreed(segment.start, segment.tokens, step, gathers=segment.gathers)
         self.link.begin()
         try:
             await self.link.opened(announcement)

@@ -122,13 +122,13 @@ class TimedPrefillEngine:
         sequence = self._sequences.get(request_id)
         if sequence is None:
             raise EngineError(f"{request_id} is not open")
-        former = None if sequence.group is None else sequence.group.link
+        former = sequence.parted if sequence.group is None else sequence.group.link
         if self._stopped_with(request_id) is not None or (sequence.computed != share.base and former is not share.link):
             raise EngineError(
                 f"{request_id} has {sequence.computed} tokens computed, not {share.base}, or is in a pass"
             )
         shared = SharedSequence(share, sequence.spec.prompt.tokens, sequence.spec.kv_tokens)
-        sequence.group, sequence.computed = TimedGroup(shared), share.base
+        sequence.group, sequence.parted, sequence.computed = TimedGroup(shared), None, share.base
         sequence.state = reduce(chain, sequence.token_ids[: share.base], START)
         shared.listen(request_id, on_called)
         if former is not None and former is not share.link:
@@ -297,7 +297,7 @@ class TimedPrefillEngine:
             sequence.state = _last_state(work.states[segment.request_id], sequence.state)
             if self._tally:
                 self.computed_tokens.update((segment.request_id, position) for position in self._own(segment))
-            if (group := sequence.group) is not None and group.leads and group.gathers(sequence.computed):
+            if (group := sequence.group) is not None and group.leads and segment.gathers:
                 sequence.parted, sequence.group = group.link, None
             if segment.sample:
                 index = sequence.spec.generated_before + len(sequence.token_ids) - sequence.spec.prompt.tokens

@@ -131,7 +131,7 @@ class TorchPrefillEngine:
 
     def regroup(self, request_id: RequestId, share: GroupShare, on_called: OnCalled) -> None:
         held = self._held(request_id)
-        former = None if held.shared is None else held.shared.share.link
+        former = held.parted if held.shared is None else held.shared.share.link
         is_new = former is share.link
         if held.active_pass is not None or (held.computed != share.base and not is_new):
             raise EngineError(
@@ -140,7 +140,7 @@ class TorchPrefillEngine:
         heads = head_shares(self._model.query_heads, self._model.kv_heads, share.mesh.per_node)
         kv_tokens = held.prompt_tokens + held.spec.max_tokens
         held.shared = SharedSequence(share, held.prompt_tokens, kv_tokens, heads, self._weights)
-        held.computed = share.base
+        held.computed, held.parted = share.base, None
         held.shared.listen(request_id, on_called)
         if former is not None and not is_new:
             former.close()
@@ -173,7 +173,8 @@ class TorchPrefillEngine:
         group = None
         for each, segment in shared:
             assert each.shared is not None
-            group = GroupPass(each.shared, segment.start, segment.tokens, self._stop_wanted.is_set)
+            gathers = segment.gathers
+            group = GroupPass(each.shared, segment.start, segment.tokens, self._stop_wanted.is_set, gathers=gathers)
         if group is not None and group.splits_weights and len(segments) > 1:
             raise EngineError("a chunk whose linear work is split among ranks takes no other sequence into its pass")
         batch = pack(held, self._model.device, group)
@@ -398,8 +399,8 @@ def _leave_group(pass_run: PassRun, error: GroupBroken) -> BrokenOff | None:
 
 
 def _part(pass_run: PassRun) -> None:
-    """The group's last pass is done: on rank 0 the sequence is one like any other from now on. Its link stays until the
-    sequence is closed: to close it now would break the others' pass, which may not have ended yet."""
+    """The group's last common pass is done: on rank 0 the sequence is one like any other from now on. Its link stays
+    until the sequence is closed: to close it now would break the others' pass, which may not have ended yet."""
     shared = pass_run.batch.shared
     assert shared is not None
     sequence = shared.sequence

@@ -30,6 +30,7 @@ from common.messages.sp import (
     SegmentFinished,
     SegmentLoaded,
     SegmentNotSpilled,
+    SegmentParted,
     SegmentPaused,
     SegmentPrefilled,
     SegmentRunning,
@@ -181,6 +182,7 @@ class PrefillWorker:
                 case (
                     SegmentLoaded()
                     | RanksMet()
+                    | SegmentParted()
                     | SegmentRunning()
                     | SegmentPaused()
                     | SegmentSpilled()
@@ -471,7 +473,7 @@ def config_of(settings: PrefillWorkerSettings, worker_id: WorkerId, engine: Pref
 
 
 def _segment(segment: PassSegment) -> Segment:
-    return Segment(request_id=segment.request_id, start=segment.start, tokens=segment.tokens, sample=segment.sample)
+    return Segment(segment.request_id, segment.start, segment.tokens, segment.sample, segment.gathers)
 
 
 def _token_ids(prompt: Prompt, data: bytes) -> list[int]:

@@ -34,6 +34,7 @@ from common.messages.sp import (
     DissolveGroup,
     FormGroup,
     GrowGroup,
+    PartGroup,
     PauseGroup,
     RestoreGroup,
     ResumeGroup,
@@ -272,7 +273,15 @@ class SchedulerService:
                 case FormGroup():
                     self._telemetry.planned(command)
                     await self._send(subjects.COORDINATOR, command)
-                case GrowGroup() | PauseGroup() | ResumeGroup() | SpillGroup() | RestoreGroup() | DissolveGroup():
+                case (
+                    GrowGroup()
+                    | PartGroup()
+                    | PauseGroup()
+                    | ResumeGroup()
+                    | SpillGroup()
+                    | RestoreGroup()
+                    | DissolveGroup()
+                ):
                     await self._send(subjects.COORDINATOR, command)
                 case RequestAccepted() | RequestRefused() | RequestInterrupted() | RequestFailed():
                     await self._send(subjects.router(command.router_id), command)

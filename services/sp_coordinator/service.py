@@ -12,6 +12,7 @@ from common.messages.sp import (
     FormGroup,
     LoadSegment,
     MeetRanks,
+    PartSegment,
     PauseSegment,
     RestoreSegment,
     RunSegment,
@@ -134,6 +135,7 @@ class SpCoordinator:
                         | MeetRanks()
                         | RunSegment()
                         | PauseSegment()
+                        | PartSegment()
                         | SpillSegment()
                         | RestoreSegment()
                         | DropSegment()

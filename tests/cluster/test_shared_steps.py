@@ -78,7 +78,7 @@ async def two_longs(c: Cluster, *, second_when_first_decodes: bool) -> tuple[lis
     first = c.submit(5_000, max_tokens=150)
     if second_when_first_decodes:
         await c.until(lambda: len(first.tokens) > 3)
-    second = c.submit(5_000, max_tokens=80)
+    second = c.submit(5_000, max_tokens=150)
     await c.until(lambda: c.view is not None and sum(r.state == "running" for r in c.view.requests) >= 1)
     assert c.view is not None
     on = {r.request_id: set(r.workers) for r in c.view.requests}

@@ -83,7 +83,7 @@ class Rank:
     async def _pass(self, request_id: RequestId, announcement: Announcement) -> PassResult:
         if announcement.step > 0:
             return await self.engine.resume(request_id)
-        shared = Segment(request_id, announcement.start, announcement.tokens, False)
+        shared = Segment(request_id, announcement.start, announcement.tokens, False, announcement.gathers)
         return await self.engine.run([shared, *self.company(announcement)])
 
 

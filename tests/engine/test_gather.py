@@ -1,5 +1,5 @@
-"""A ring that gathers its KV on rank 0 when the prompt is done: the same tokens and logits as a single worker's, the
-other ranks free at once, wherever the last pass was stopped, also of a group that has grown."""
+"""A ring that gathers its KV on rank 0, with the prompt's last chunk or one before: the same tokens and logits as a
+single worker's, the other ranks free at once, wherever that pass was stopped, also of a group that has grown."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from common.messages.groups import GATHERED_RING, GroupScheme
+from common.messages.groups import GATHERED_RING, RING, GroupScheme
 from common.policy.sp_shares import misfit
 from common.units import RequestId
 from services.engine.collectives import GroupShare
-from services.engine.interface import Segment
+from services.engine.interface import EngineError, Segment
 from services.engine.model import LoadedModel, load_model
 from tests.engine.group_world import Ranks, joined, spec, tokens_computed
 from tests.engine.models import reference_greedy, reference_model, tiny_model
@@ -69,7 +69,7 @@ async def test_tokens_equal_a_single_workers(
         shares = [-(-kv_tokens // size)] * (size - 1)
         assert [rank.engine.kv_used_tokens for rank in group.ranks] == [kv_tokens, *shares]
         leads.logits.clear()
-        tokens, stopped = await generate(group, leads, rng, name, prompt, 1, 97)
+        tokens, stopped = await generate(group, leads, rng, name, prompt, 1, 97, gathers=True)
         stops += stopped
         theirs, logits = reference_greedy(reference, prompt, NEW_TOKENS)
         assert float((torch.stack(leads.logits) - logits[:1]).abs().max()) < 1e-3
@@ -91,7 +91,7 @@ async def test_the_last_pass_may_be_stopped_after_any_step(
     await group.open("p", prompt, NEW_TOKENS, GATHERED_RING)
     await group.run([Segment(RequestId("p"), 0, 50, False)])
     leads.stop_after = stop_after
-    result = await group.run([Segment(RequestId("p"), 50, 30, True)])
+    result = await group.run([Segment(RequestId("p"), 50, 30, True, gathers=True)])
     assert result.finished == (stop_after >= llama.layers)
     if not result.finished:
         result = await group.resume("p")
@@ -124,10 +124,52 @@ async def test_a_group_that_has_grown_gathers_what_lies_where_it_was_dealt_out(
         ranks[number].engine.regroup(RequestId("p"), share, ranks[number].called)
     everyone.ranks = ranks
     await everyone.run([Segment(RequestId("p"), 50, 40, False)])
-    result = await everyone.run([Segment(RequestId("p"), 90, 30, True)])
+    result = await everyone.run([Segment(RequestId("p"), 90, 30, True, gathers=True)])
     tokens = [result.sampled[0].token_id, *await alone(everyone, "p", prompt, NEW_TOKENS - 1)]
     assert tokens == reference_greedy(reference_model(folder), prompt, NEW_TOKENS)[0]
     await everyone.shutdown("p")
+
+
+@pytest.mark.parametrize("then", ["alone", "with others"])
+async def test_a_group_may_part_in_the_middle_of_the_prompt(
+    then: str, llama: LoadedModel, folder: Path, leads: Leads
+) -> None:
+    """Rank 0 goes on alone; or takes in others again."""
+    group, prompt = group_of(llama, 3), random_prompt(random.Random(then), 140)
+    request, ranks = spec("p", prompt, NEW_TOKENS), list(group.ranks)
+    await group.open("p", prompt, NEW_TOKENS, GATHERED_RING)
+    await group.run([Segment(RequestId("p"), 0, 50, False)])
+    await group.run([Segment(RequestId("p"), 50, 30, False, gathers=True)])
+    for rank in ranks[1:]:
+        rank.engine.close(RequestId("p"))
+    group.ranks = ranks[:1]
+    await group.run([Segment(RequestId("p"), 80, 20, False)])
+    last = Segment(RequestId("p"), 100, 40, True)
+    if then == "with others":
+        group.ranks = ranks[:2]
+        for number, link in enumerate(await joined(group.doors[:2], "p", growth=1)):
+            share = GroupShare(number, 2, GATHERED_RING, link)
+            if number:
+                ranks[number].engine.open_share(request, prompt, share, ranks[number].called)
+            share = GroupShare(number, 2, GATHERED_RING, link, base=100, before=(100, 0))
+            ranks[number].engine.regroup(RequestId("p"), share, ranks[number].called)
+        last = Segment(RequestId("p"), 100, 40, True, gathers=True)
+    result = await group.run([last])
+    tokens = [result.sampled[0].token_id, *await alone(group, "p", prompt, NEW_TOKENS - 1)]
+    assert tokens == reference_greedy(reference_model(folder), prompt, NEW_TOKENS)[0]
+    group.ranks = ranks
+    await group.shutdown("p")
+
+
+async def test_what_cannot_gather_is_refused(llama: LoadedModel) -> None:
+    group, prompt = group_of(llama, 2, "memory"), random_prompt(random.Random(1), 40)
+    await group.open("ring", prompt, 4, RING)
+    with pytest.raises(EngineError, match="no room for all KV"):
+        await group.leader.run([Segment(RequestId("ring"), 0, 40, True, gathers=True)])
+    group.leader.open(spec("alone", prompt, 4), prompt, None)
+    with pytest.raises(EngineError, match="nothing to gather"):
+        await group.leader.run([Segment(RequestId("alone"), 0, 40, True, gathers=True)])
+    await group.shutdown("ring", "alone")
 
 
 def test_only_a_ring_gathers() -> None:

@@ -69,9 +69,18 @@ def random_prompt(rng: random.Random, tokens: int) -> list[int]:
 
 
 async def generate(
-    group: Ranks, leads: Leads, rng: random.Random, name: str, prompt: Sequence[int], new_tokens: int, chunk_max: int
+    group: Ranks,
+    leads: Leads,
+    rng: random.Random,
+    name: str,
+    prompt: Sequence[int],
+    new_tokens: int,
+    chunk_max: int,
+    *,
+    gathers: bool = False,
 ) -> tuple[list[int], int]:
-    """Serve an open sequence in chunks of random size with random stops; its tokens, and how often it was stopped."""
+    """Serve an open sequence in chunks of random size with random stops; its tokens, and how often it was stopped.
+    `gathers`: the last chunk does."""
     leads.engine = group.leader  # type: ignore[assignment]
     drawn: list[int] = []
     computed = stops = 0
@@ -79,7 +88,8 @@ async def generate(
         left = len(prompt) - computed
         tokens = rng.randint(1, min(left, chunk_max)) if left > 0 else 1
         leads.stop_after = rng.choice([0, 1, 2, 3])
-        result = await group.run([Segment(RequestId(name), computed, tokens, tokens >= left)])
+        last = tokens >= left
+        result = await group.run([Segment(RequestId(name), computed, tokens, last, gathers and last)])
         while not result.finished:
             stops += 1
             leads.stop_after = rng.choice([0, 0, 1])

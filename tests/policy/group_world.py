@@ -23,12 +23,14 @@ from common.messages.sp import (
     GroupFinished,
     GroupGrown,
     GroupNotSpilled,
+    GroupParted,
     GroupPaused,
     GroupPrefillFinished,
     GroupSpilled,
     GrowGroup,
     LoadSegment,
     MeetRanks,
+    PartGroup,
     PauseGroup,
     RestoreGroup,
     ResumeGroup,
@@ -142,7 +144,14 @@ class GroupWorld:
             assert link.called is None
             link.passes += 1
             kind = "row" if segment.start >= link.prompt_tokens else "chunk"
-            call = Announcement(pass_no=link.passes, kind=kind, start=segment.start, tokens=segment.tokens, step=step)
+            call = Announcement(
+                pass_no=link.passes,
+                kind=kind,
+                start=segment.start,
+                tokens=segment.tokens,
+                step=step,
+                gathers=segment.gathers,
+            )
             link.led = link.within[worker_id] = Led(call, led_to=step, joined={worker_id})
             link.to_call = deque(link.members[1:])
             return
@@ -150,6 +159,7 @@ class GroupWorld:
         assert link.led is not None
         call = link.led.call
         assert (segment.start, segment.tokens, step) == (call.start, call.tokens, call.step)
+        assert segment.gathers == call.gathers
         link.called = None
         link.led.joined.add(worker_id)
         link.within[worker_id] = link.led
@@ -337,8 +347,10 @@ class GroupWorld:
                 self.members[key] = command.members
             if isinstance(command, GroupPaused):
                 self.require_paused(key, command.step)
-            if isinstance(command, GroupPrefillFinished):
-                self.seen["parted"] += len(command.members) < len(self.members[key])
+            if isinstance(command, GroupPrefillFinished | GroupParted):
+                fewer = len(command.members) < len(self.members[key])
+                self.seen["parted" if isinstance(command, GroupParted) else "parted at the end"] += fewer
+                self.members[key] = command.members
             if isinstance(command, GroupSpilled | GroupNotSpilled):
                 self.require_moved(key, out=isinstance(command, GroupSpilled))
             if isinstance(command, GroupFinished | GroupFailed):
@@ -380,6 +392,9 @@ class GroupWorld:
 
     def resume(self, name: str, attempt: int = 0) -> None:
         self.feed(ResumeGroup(request_id=RequestId(name), attempt=attempt))
+
+    def part(self, name: str, attempt: int = 0) -> None:
+        self.feed(PartGroup(request_id=RequestId(name), attempt=attempt))
 
     def spill(self, name: str, attempt: int = 0) -> None:
         self.feed(SpillGroup(request_id=RequestId(name), attempt=attempt))
@@ -432,12 +447,18 @@ class GroupWorld:
         held = [self.worlds[member].core.books.jobs.get(key[0]) for member in members]
         return [job for job in held if isinstance(job, LongJob) and job.attempt == key[1]]
 
+    def ranks(self, key: Key, growth: int) -> list[LongJob]:
+        """Those that compute with this group still. (Rank 0 may have parted from one that is in its last step.)"""
+        held = [self.worlds[member].core.books.jobs.get(key[0]) for member in self.members[key]]
+        jobs = [job for job in held if isinstance(job, LongJob) and job.attempt == key[1]]
+        return [job for job in jobs if job.growth == growth]
+
     def require_paused(self, key: Key, step: int) -> None:
         growth = self.at.get((self.members[key][0], key), 0)
         link = self.links[*key, growth]
         if link.broken or link.left:
             return  # a rank is gone, which will be heard soon
-        jobs = [job for job in self.jobs(key, growth) if job.growth == growth]
+        jobs = self.ranks(key, growth)
         assert all(job.state in (LongState.PAUSED, LongState.LOADED) for job in jobs), "a rank goes on"
         assert {job.steps_done for job in jobs} <= {step}, "paused at different steps"
         self.seen["paused"] += 1
@@ -449,7 +470,7 @@ class GroupWorld:
         link = self.links[*key, growth]
         if link.broken or link.left:
             return
-        states = {job.state for job in self.jobs(key, growth) if job.growth == growth}
+        states = {job.state for job in self.ranks(key, growth)}
         assert states <= ({LongState.SPILLED} if out else {LongState.PAUSED, LongState.LOADED}), states
         self.seen["spilled" if out else "all stand again"] += 1
 
@@ -461,7 +482,7 @@ class GroupWorld:
             leader, *followers = jobs
             for job in followers:
                 assert job.kv_tokens == -(-leader.spec.kv_tokens // job.kv_size)
-                if job.growth == leader.growth:
+                if job.growth == leader.growth and job.state is not LongState.GATHERED:
                     assert abs(job.prefilled - leader.prefilled) <= LAYERS * 512 * len(jobs)
 
     def require_empty(self) -> None:

@@ -125,7 +125,9 @@ class Held:
     spec: RequestSpec
     rank: int = 0
     shared: bool = False
-    gathers: bool = False
+    may_gather: bool = False
+    gone: bool = False
+    """To rank 0, which goes on alone."""
     computed: int = 0
     known: int = 0
     came_at: int = 0
@@ -160,8 +162,6 @@ class World:
     running: Pass | None = None
     stop_asked: bool = False
     stopped: list[Pass] = field(default_factory=list)
-    gathered: int = 0
-    """Sequences of groups that are this worker's alone now."""
     broken_off: RequestId | None = None
     """The shared sequence that the running pass goes on without."""
     located: dict[RequestId, PlaceKv] = field(default_factory=dict)
@@ -209,7 +209,7 @@ class World:
         share = command.share
         held = Held(command.spec)
         if share is not None:
-            held.rank, held.shared, held.gathers = share.rank, True, share.scheme.gathers
+            held.rank, held.shared, held.may_gather = share.rank, True, share.scheme.gathers
         # A follower is not told what was drawn, nor need it be.
         held.known = command.spec.prompt.tokens + (command.spec.max_tokens if held.rank else 0)
         self.held[request_id] = held
@@ -318,8 +318,11 @@ class World:
         for segment in ended.segments:
             held = self.held[segment.request_id]
             held.computed += segment.tokens
-            if held.shared and held.gathers and held.rank == 0 and held.computed == held.spec.prompt.tokens:
-                held.shared, self.gathered = False, self.gathered + 1
+            if segment.gathers:
+                assert held.shared
+                assert held.may_gather
+                assert held.computed <= held.spec.prompt.tokens
+                held.shared, held.gone = held.rank > 0, held.rank > 0
             if segment.sample:
                 held.known += 1
                 sampled.append(SampledToken(request_id=segment.request_id, token_id=token))
@@ -404,7 +407,7 @@ class World:
             assert segment.sample == (segment.start + segment.tokens == held.known and held.rank == 0)
             assert not held.in_stopped_pass
             assert not held.away
-            assert not (held.rank and held.gathers and held.computed >= held.spec.prompt.tokens), "rank 0 has it"
+            assert not held.gone
         orders = [self.shorts.get((s.request_id, self.held[s.request_id].spec.attempt)) for s in command.segments]
         long_decodes = any(
             order is None and segment.start >= self.held[segment.request_id].spec.prompt.tokens
@@ -430,7 +433,7 @@ class World:
         assert command.kept[command.rank] > 0 or held.computed in (0, held.came_at), "only a newcomer keeps nothing yet"
         held.came_at = held.came_at if held.computed else command.start
         held.rank, held.shared, held.computed = command.rank, True, command.start
-        held.gathers = command.scheme.gathers
+        held.may_gather = command.scheme.gathers
         self.group.entered(self.worker_id, command)
 
     def _tell_group(self, begun: Pass) -> None:

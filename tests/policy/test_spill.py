@@ -268,6 +268,8 @@ def test_kv_that_is_not_brought_back_fails_the_segment():
 def test_the_end_of_a_long_ends_its_move_and_waits_for_that(how: str, back: bool, failed: bool):
     world = moved_out() if back else stopped_in_a_chunk()
     world.tell(order(RestoreSegment if back else SpillSegment))
+    if how == "lost":
+        world.core.books.held(LONG, 0).size = 2
     ends = drop_segment("long") if how == "dropped" else GroupLost(request_id=LONG, attempt=0, reason="gone")
     assert [type(command) for command in world.tell(ends)] == [StopMove]
     assert world.tell(drop_segment("long")) == [], "it was told once"
