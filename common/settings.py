@@ -144,7 +144,7 @@ class SchedulerSettings(CommonSettings, frozen=True, kw_only=True):
         Meta(description="replicas that longs leave to shorts, for each that these have kept busy lately"),
     ] = 2.5
     elastic: Annotated[
-        bool, _ELASTIC, Meta(description="a long that prefills takes in workers that have become idle")
+        bool, _ELASTIC, Meta(description="a long that prefills takes in idle workers, and gives back what others need")
     ] = True
     reserved_long_tokens: Annotated[
         int, _RESERVATION, Meta(ge=1, le=10_000_000, description="longest prompt that replicas are set aside for")

@@ -491,8 +491,8 @@ class Scheduler:
         )
 
     def _plan_of(self, request: Request, replicas: Sequence[Replica], *, live: bool) -> GroupPlan:
-        """Live groups by what their members measured. To a simulated one a scheme means nothing; to one of one, only
-        should it grow: it has room for all KV."""
+        """Live groups by what their members measured. Of others (simulated, or of one, which may grow) only matters
+        whether the first has room for all KV."""
         kv_tokens = request.spec.kv_tokens
         layout = layout_of(self._cluster, tuple(replica.worker_id for replica in replicas))
         prefill_s = self._ledger.planner.prefill_s(request.tokens, layout)
@@ -500,9 +500,13 @@ class Scheduler:
             ranks = [Rank(replica.profile, replica.kv_free) for replica in replicas]
             plan = plan_group(request.tokens, kv_tokens, ranks, self._config)
             return msgspec.structs.replace(plan, prefill_s=prefill_s)  # as such groups have done lately
-        reserved = (kv_share(kv_tokens, len(replicas)),) * len(replicas)
-        may_gather = self._config.group_gathers and len(replicas) == 1 and bool(replicas[0].profile.group_address)
-        return GroupPlan(scheme=GATHERED_RING if may_gather else RING, reserved=reserved, prefill_s=prefill_s)
+        share = kv_share(kv_tokens, len(replicas))
+        if self._config.group_gathers and kv_tokens <= replicas[0].kv_free:
+            scheme, first = GATHERED_RING, kv_tokens
+        else:
+            scheme, first = RING, share
+        reserved = (first, *(share,) * (len(replicas) - 1))
+        return GroupPlan(scheme=scheme, reserved=reserved, prefill_s=prefill_s)
 
     def _pause(self, request: Request) -> None:
         self._ledger.move(request, RequestState.PAUSING)

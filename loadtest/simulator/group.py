@@ -3,7 +3,8 @@
 It answers the scheduler as `common.policy.sp_coordinator` and its workers do together: `GroupFormed`; `GroupPaused`
 when every rank stands, which is when the step that runs has ended (uniform in the longest step), or
 `GroupPrefillFinished` if the prefill ends first and the pause is void; `GroupResumed`, also while a member still
-finishes a pass of shorts; `GroupGrown` (see `growth.py`); `GroupFinished`; `GroupFailed` after a `DissolveGroup`.
+finishes a pass of shorts; `GroupGrown` (see `growth.py`); `GroupParted`, when its first member has gathered all KV (the
+others' is free then); `GroupFinished`; `GroupFailed` after a `DissolveGroup`.
 
 The prefill runs at rate 1, slower while other things decode on its members (see `replica.py`), and only while every
 member computes it. A decode step takes what the model says for the layout, and longer by what the slowest
@@ -21,6 +22,7 @@ from common.messages.sp import (
     GroupFinished,
     GroupFormed,
     GroupGrown,
+    GroupParted,
     GroupPaused,
     GroupPrefillFinished,
     GroupResumed,
@@ -55,7 +57,9 @@ class Group:
         "_decode_step_s",
         "_drags",
         "_extras",
+        "_gathers",
         "_parabola",
+        "_parts",
         "_prefill",
         "_progress",
         "_resume_asked",
@@ -74,9 +78,13 @@ class Group:
         "stands",
     )
 
-    def __init__(self, site: Site, job: Job, members: tuple[Replica, ...]) -> None:
+    def __init__(self, site: Site, job: Job, members: tuple[Replica, ...], *, gathers: bool = False) -> None:
         self._site = site
         self.job = job
+        self._gathers = gathers
+        """The first member has room for all KV."""
+        self._parts = 0
+        """Told to leave all KV to it, so often; 0: not, or it has."""
         self._set_members(members)
         self._progress = Progress(site.longs.prefill_s, job.tokens, layout_of(members))
         self._prefill = Countdown(site.timeline, self._progress.whole_s, self._prefilled)
@@ -118,7 +126,8 @@ class Group:
     def form(self) -> None:
         job = self.job
         for member in self.members:
-            member.kv.reserve(job.request_id, job.spec.kv_tokens // len(self.members))
+            whole = self._gathers and member is self.members[0]
+            member.kv.reserve(job.request_id, job.spec.kv_tokens // (1 if whole else len(self.members)))
             member.seat(self)
         self._since_s = self._site.timeline.now_s
         self._tell(GroupFormed(request_id=job.request_id, attempt=job.spec.attempt))
@@ -238,6 +247,64 @@ class Group:
             )
         )
 
+    def part(self) -> None:
+        """Leave all KV to the first member, with the next chunk that it computes."""
+        if self._state is State.DECODING or self._state is State.GONE or not self._gathers or len(self.members) < 2:
+            self._tell_parted()
+            return
+        self._stay_as_it_is()
+        self._parts += 1
+        if self.runs:
+            self._gather()
+
+    def _gather(self) -> None:
+        """Once the chunk that runs is done, the next one does."""
+        timeline = self._site.timeline
+        rest_s = self._site.random.uniform(0.0, self.chunk_s)
+        timeline.at(timeline.now_s + rest_s + self.chunk_s + self._gather_s(), self._gathered, self._parts)
+
+    def _gather_s(self) -> float:
+        """What bringing the KV adds: every token's once, as a decode step reads it, from the others."""
+        return self.alone_s * (len(self.members) - 1)
+
+    def _gathered(self, parts: int) -> None:
+        if parts != self._parts or not self.runs:
+            return  # it is paused, and gathers when it runs again; or its prefill has ended
+        self._spans("long prefill", self._since_s)
+        self._since_s = self._site.timeline.now_s
+        self._prefill.set_rate(0.0)
+        self._prefill.change_to(self._progress.gather(self._prefill.left))
+        self._leave_to_the_first(computing=True)
+        self._set_prefill_rate()
+        self._tell_parted()
+
+    def _leave_to_the_first(self, *, computing: bool) -> None:
+        """The others have nothing to do with it any more."""
+        self._parts = 0
+        others = self.members[1:]
+        self._set_members(self.members[:1])
+        for member in others:
+            self._drags.pop(member.worker_id, None)
+            self._extras.pop(member.worker_id, None)
+            member.kv.free(self.job.request_id)
+            if computing:
+                member.long_rests()
+            member.unseat()
+        for member in others:
+            member.pace()
+            member.start_pass()
+
+    def _tell_parted(self) -> None:
+        job = self.job
+        self._tell(
+            GroupParted(
+                request_id=job.request_id,
+                attempt=job.spec.attempt,
+                members=names_of(self.members),
+                prefilled_tokens=int(self._progress.done(max(0.0, self._prefill.left))),
+            )
+        )
+
     def dissolve(self) -> None:
         """Wherever it stands."""
         if self._state is State.GONE:
@@ -280,6 +347,8 @@ class Group:
             if member.decodes:
                 member.pace()
         self._set_prefill_rate()
+        if self._parts:
+            self._gather()
 
     def _halt(self) -> None:
         """It computes no more, for now or for good."""
@@ -316,6 +385,8 @@ class Group:
         self._halt()
         self._stay_as_it_is()
         self._state = State.DECODING
+        if self._gathers and len(self.members) > 1:
+            self._leave_to_the_first(computing=False)
         job.first_token_s = now_s
         last = job.output_tokens <= 1
         compute_s = now_s - (job.prefill_started_s or 0.0) - job.suspended_s
@@ -325,6 +396,7 @@ class Group:
                 attempt=job.spec.attempt,
                 compute_s=compute_s,
                 finish_reason="length" if last else None,
+                members=names_of(self.members),
             )
         )
         for member in self.members:

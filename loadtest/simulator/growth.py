@@ -71,6 +71,15 @@ class Progress:
             self._since = Work.of(self._prefill_s, self._tokens, self._layout)
         return self._base + self._since.tokens(max(0.0, self.whole_s - left_s))
 
+    def gather(self, left_s: float) -> float:
+        """One replica goes on with the KV of all. Returns how much is left now."""
+        done = self.done(left_s)
+        one = Work.of(self._prefill_s, self._tokens, (1,))
+        self._since = Work(one.linear + 2.0 * one.square * done, one.square)
+        self.whole_s = self._since.seconds(self._tokens - done)
+        self._base, self._layout = done, (1,)
+        return self.whole_s
+
     def grow(self, left_s: float, layout: Layout) -> float:
         """Returns how much is left now."""
         done, before = self.done(left_s), self._layout

@@ -43,7 +43,7 @@ from common.messages.scheduling import (
     RequestRefused,
     RequestSubmitted,
 )
-from common.messages.sp import DissolveGroup, FormGroup, GrowGroup, PauseGroup, ResumeGroup
+from common.messages.sp import DissolveGroup, FormGroup, GrowGroup, PartGroup, PauseGroup, ResumeGroup
 from common.policy.core import TimePassed
 from common.policy.cost_model import ReplicaCosts
 from common.policy.long_planner import LongPlanner
@@ -176,6 +176,7 @@ class World:
             DropRequest: self._drop,
             FormGroup: self._form_group,
             GrowGroup: self._grow_group,
+            PartGroup: self._part_group,
             PauseGroup: self._pause_group,
             ResumeGroup: self._resume_group,
             DissolveGroup: self._dissolve_group,
@@ -348,7 +349,8 @@ class World:
 
     def _form_group(self, command: FormGroup) -> None:
         members = tuple(self._replicas[worker_id] for worker_id in command.members)
-        group = Group(self._site, self._jobs[command.spec.request_id], members)
+        gathers = command.scheme.gathers
+        group = Group(self._site, self._jobs[command.spec.request_id], members, gathers=gathers)
         self._groups[command.spec.request_id] = group
         self._after(COORDINATOR_HOPS, Group.form, group)
 
@@ -356,6 +358,9 @@ class World:
         tried = Try.of(self._groups[command.request_id], command, self._replicas)
         tried.take_kv()
         self._after(COORDINATOR_HOPS, Try.begin, tried)
+
+    def _part_group(self, command: PartGroup) -> None:
+        self._after(COORDINATOR_HOPS, Group.part, self._groups[command.request_id])
 
     def _pause_group(self, command: PauseGroup) -> None:
         self._after(COORDINATOR_HOPS, Group.pause, self._groups[command.request_id])
@@ -452,8 +457,9 @@ def simulate(
 ) -> SimResult:
     """One workload under one policy; what is not said is the scenario's.
 
-    Longs may have groups of any size and no request is refused for a long queue, unless `scenario.scheduler` says
-    otherwise. The baselines use plain ring attention (paper, 6.1). Without disaggregation there are no decode workers.
+    Longs may have groups of any size, decode where their KV lies, and no request is refused for a long queue, unless
+    `scenario.scheduler` says otherwise. The baselines use plain ring attention (paper, 6.1). Without disaggregation
+    there are no decode workers.
 
     Raises: ScenarioError if such a cluster cannot be; SimulationError if the scheduler orders what cannot be done.
     """
@@ -466,7 +472,7 @@ def simulate(
     }
     scenario = msgspec.structs.replace(scenario, **{name: value for name, value in said.items() if value is not None})
     model = cost_model(scenario)
-    unsaid = {"group_max": scenario.replicas, "queue_max": len(workload.arrivals) + 1}
+    unsaid = {"group_max": scenario.replicas, "queue_max": len(workload.arrivals) + 1, "group_gathers": False}
     config = msgspec.structs.replace(
         scheduler_config(scenario, workload.threshold_tokens),
         **{name: value for name, value in unsaid.items() if name not in scenario.scheduler},

@@ -45,18 +45,22 @@ class Costs:
 
 
 class Longs:
-    """Implements `LongCosts`; and `LongPlanner`, for groups of a fixed degree."""
+    """Implements `LongCosts`; and `LongPlanner`, for groups of a fixed degree. `speed`: theirs, in times of a
+    replica's, and they may be smaller; 0: as many times as they have members."""
 
     degree_max = 1_000
 
-    def __init__(self, degree: int = 1) -> None:
+    def __init__(self, degree: int = 1, speed: float = 0.0) -> None:
         self._degree = degree
+        self._speed = speed
 
     def degree(self, tokens: int, kv_tokens: int, free_by_node: Sequence[int], kv_free_tokens: int) -> int:
-        return self._degree if sum(free_by_node) >= self._degree else 0
+        free = sum(free_by_node)
+        return min(self._degree, free) if self._speed or free >= self._degree else 0
 
     def prefill_s(self, tokens: int, layout: tuple[int, ...]) -> float:
-        return LONG_TOKEN_S * tokens / sum(layout)
+        size = sum(layout)
+        return LONG_TOKEN_S * tokens / (self._speed if self._speed and size > 1 else size)
 
     def took(self, degree: int, expected_s: float, ran_s: float) -> None:
         pass
@@ -95,6 +99,7 @@ def build(
     prefill: int = 1,
     decode: int = 1,
     degree: int = 1,
+    group_speed: float = 0.0,
     per_node: int | None = None,
     seed: int = 0,
     record: bool = False,
@@ -107,6 +112,7 @@ def build(
         "colocated_tokens_max": 100,
         "group_max": 64,
         "elastic": False,
+        "group_gathers": False,
         "pause_immunity_s": 0.0,
         "wait_instead_of_pause_s": 0.0,
         **config,
@@ -120,7 +126,7 @@ def build(
         layers=LAYERS,
         rows_max=rows_max,
     )
-    longs = Longs(degree)
+    longs = Longs(degree, group_speed)
     world = World(shape, SchedulerConfig(**settings), Costs(), longs, longs, seed=seed, hop_s=HOP_S, record=record)
     world._core = Checked(world._core)
     return world

@@ -37,11 +37,13 @@ from common.messages.sp import (
     GroupFormed,
     GroupGrown,
     GroupNotSpilled,
+    GroupParted,
     GroupPaused,
     GroupPrefillFinished,
     GroupResumed,
     GroupSpilled,
     GrowGroup,
+    PartGroup,
     PauseGroup,
     RestoreGroup,
     ResumeGroup,
@@ -86,6 +88,7 @@ class FakeWorker:
 @dataclass
 class FakeGroup:
     members: tuple[str, ...]
+    gathers: bool = False
     state: str = "running"
     """running, paused, spilled, decoding; unreachable: a member was dead when it was formed, which takes a
     while to find out"""
@@ -312,7 +315,7 @@ class World:
                 self._drop(command.worker_id, (command.request_id, command.attempt))
             case FormGroup():
                 key = (command.spec.request_id, command.spec.attempt)
-                self.groups[key] = FakeGroup(command.members)
+                self.groups[key] = FakeGroup(command.members, command.scheme.gathers)
                 if not all(self.workers[w].alive for w in command.members):
                     self.groups[key].state = "unreachable"
                     return
@@ -321,6 +324,8 @@ class World:
                 self.send("c", GroupFormed(request_id=key[0], attempt=key[1]))
             case GrowGroup():
                 self._grow((command.request_id, command.attempt), command)
+            case PartGroup():
+                self._part((command.request_id, command.attempt))
             case PauseGroup() | ResumeGroup():
                 self._steer((command.request_id, command.attempt), pause=isinstance(command, PauseGroup))
             case SpillGroup() | RestoreGroup():
@@ -380,6 +385,19 @@ class World:
             self._hold(worker_id, key, "segment")
         if not all(self.workers[worker_id].alive for worker_id in newcomers):
             self._keep(key, group)
+
+    def _part(self, key: Key) -> None:
+        """At once, if it can."""
+        group = self.groups.get(key)
+        if group is None:
+            self.send("c", GroupFailed(request_id=key[0], attempt=key[1], reason="no such group"))
+            return
+        if group.gathers and group.state in ("running", "paused"):
+            self._keep(key, group)
+            self.seen["parted"] += len(group.members) > 1
+            group.members = group.members[:1]
+        word = GroupParted(request_id=key[0], attempt=key[1], members=group.members, prefilled_tokens=1)
+        self.send("c", word)
 
     def _keep(self, key: Key, group: FakeGroup) -> None:
         """It does not grow."""
@@ -467,7 +485,10 @@ class World:
             self._tell_grown(key, group, group.tried)
         elif group.state == "running":
             group.state = "decoding"
-            self.send("c", GroupPrefillFinished(compute_s=1, **about))
+            if group.gathers:
+                self.seen["gathered"] += len(group.members) > 1
+                group.members = group.members[:1]
+            self.send("c", GroupPrefillFinished(compute_s=1, members=group.members, **about))
         elif group.state == "decoding":
             del self.groups[key]
             for worker_id in group.members:

@@ -48,6 +48,7 @@ from common.messages.sp import (
     GroupResumed,
     GroupSpilled,
     GrowGroup,
+    PartGroup,
     PauseGroup,
     RestoreGroup,
     ResumeGroup,
@@ -249,7 +250,7 @@ def render(command: SchedulerCommand) -> str:
             return f"coordinator: form {command.spec.request_id} on {' '.join(command.members)}"
         case GrowGroup():
             return f"coordinator: grow {command.request_id} to {' '.join(command.members)}, try {command.growth}"
-        case PauseGroup() | ResumeGroup() | SpillGroup() | RestoreGroup() | DissolveGroup():
+        case PartGroup() | PauseGroup() | ResumeGroup() | SpillGroup() | RestoreGroup() | DissolveGroup():
             return f"coordinator: {type(command).__name__.removesuffix('Group').lower()} {command.request_id}"
 
 

@@ -173,7 +173,7 @@ def test_no_short_stands_behind_a_long_while_a_replica_is_idle(history: list[tup
 
 
 def test_a_long_weighs_what_its_time_is_worth_in_shorts() -> None:
-    place = world("fifo", 2)
+    place = world("fifo", 2, group_gathers=False)
     submit(place, "L", 14_000)
     # 14 s of prefill (1 ms a token) on two replicas at 0.7 ms a token of shorts.
     assert [lines_of(place).every.load(w) for w in members(place, "L")] == [10_000, 10_000]

@@ -51,7 +51,7 @@ def decoding(world: World) -> None:
 @pytest.mark.parametrize("reach", [forming, running, pausing, paused, resuming, decoding])
 @pytest.mark.parametrize("told_by", ["c", "worker"])
 def test_a_group_loses_a_member(reach: Callable[[World], None], member: str, told_by: str):
-    world = World(SchedulerConfig(group_max=2), prefill=2, decode=1)
+    world = World(SchedulerConfig(group_max=2, group_gathers=False), prefill=2, decode=1)
     world.submit("L", 12_000, 16)
     reach(world)
     long = world.scheduler.cluster.requests["L"]
@@ -122,9 +122,10 @@ def test_any_one_order_or_message_may_be_lost(policy: str):
 
 
 def test_a_paused_group_keeps_its_kv_on_every_member():
-    world = World(SchedulerConfig(group_max=2), prefill=2, decode=1)
-    world.submit("L", 12_000, 17)
-    paused(world)
-    for name in ("p0", "p1"):
-        assert world.scheduler.cluster.replicas[name].held["L", 0].tokens == 6_009, "half of 12,017, rounded up"
-        assert ("L", 0) in world.workers[name].holds
+    for gathers in (False, True):
+        world = World(SchedulerConfig(group_max=2, group_gathers=gathers), prefill=2, decode=1)
+        world.submit("L", 12_000, 17)
+        paused(world)
+        held = [world.scheduler.cluster.replicas[name].held["L", 0].tokens for name in ("p0", "p1")]
+        assert held == [12_017 if gathers else 6_009, 6_009], "half of 12,017, rounded up; the first may gather it"
+        assert all(("L", 0) in world.workers[name].holds for name in ("p0", "p1"))

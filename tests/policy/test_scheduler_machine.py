@@ -41,6 +41,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 "pause_max_s": st.just(0.5),
                 "pause_share_max": st.sampled_from([0.0, 0.2, 1.0]),
                 "spill": st.sampled_from(["memory", "disk"]),
+                "group_gathers": st.just(False),
             },
         ),
     )
@@ -192,7 +193,7 @@ class PriorityMachine(SchedulerMachine):
     seen: ClassVar[Counter[str]] = Counter()
 
 
-EVERYWHERE = ["group of 2"]
+EVERYWHERE = ["group of 2", "gathered"]
 NIGHTLY = [
     "group over two nodes",
     "group of 3",
@@ -202,7 +203,7 @@ NIGHTLY = [
 WITH_PAUSES = ["group of several paused"]
 WITH_PAUSES_NIGHTLY = [
     *(f"member lost while {state}" for state in ("pausing", "paused")),
-    *("PauseGroup lost", "ResumeGroup lost"),
+    *("PauseGroup lost", "ResumeGroup lost", "PartGroup lost", "parted"),
 ]
 WITH_SPILLS = ["spilled", "restored", "group of several spilled"]
 WITH_SPILLS_NIGHTLY = [
