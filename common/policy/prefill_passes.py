@@ -41,10 +41,6 @@ CALL_S = 0.05
 """After a pass with a row of a group, so long do followers wait for the call to the next. (A few milliseconds where a
 core is free; several ranks and a decode worker on two cores: some tens.)"""
 
-GROUP_STEP = 0.75
-"""A group's steps, in times of `step_s_max`: what is asked of rank 0 when it has said its last word in a step takes effect
-at the end of the next one, and exchanges and the slower of the ranks are in no worker's own measure."""
-
 PassKind = Literal["shorts", "chunk", "decode"]
 
 
@@ -223,7 +219,7 @@ def _chunk(config: PrefillWorkerConfig, long: LongJob) -> PassPlan:
         _cost_of_share(config.step_cost, long.size),
         config.layers,
         long.prefilled,
-        step_s_max=config.step_s_max * (GROUP_STEP if long.is_shared else 1.0),
+        step_s_max=config.step_s_max,
         tokens_max=config.chunk_tokens * long.size,
     )
     tokens = long.chunk_tokens or min(fitting, long.remaining)

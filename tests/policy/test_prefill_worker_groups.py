@@ -151,19 +151,6 @@ def test_chunks_are_as_large_as_the_ranks_make_them():
 # --- one follower, called by hand ---
 
 
-@pytest.mark.parametrize(("size", "tokens"), [(1, 256), (2, 384), (4, 768)])
-def test_a_groups_steps_are_shorter_since_a_stop_may_come_too_late_for_one(size: int, tokens: int):
-    """A step of 256 tokens takes what `step_s_max` allows; of a group's chunk each rank computes three quarters of that."""
-    cost = StepCost(pass_s=0.0, token_s=1e-3, pair_s=0.0)
-    settings = config(step_cost=cost, step_s_max=256 * 1e-3 / LAYERS, chunk_tokens=2_048)
-    world = World(core=PrefillWorkerCore(settings), group=Quiet())
-    members = tuple(WorkerId(f"m{n}") if n else WORKER for n in range(size))
-    addresses = tuple(f"{member}:1" for member in members) if size > 1 else ()
-    world.tell(share(4_000, rank=0, members=members, addresses=addresses))
-    world.tell(run())
-    assert running(world) == [(LONG, 0, tokens)]
-
-
 class Quiet:
     """Ranks that are not there."""
 
