@@ -102,7 +102,7 @@ def parted(ledger: Ledger, request: Request, word: GroupParted) -> None:
     pauses, planner = request.pauses, ledger.planner
     assert pauses is not None
     done_share = ledger.done_share(request, word.prefilled_tokens)
-    _tell_planner(ledger, request, done_share)
+    tell_planner(ledger, request, done_share)
     let_go(ledger, request, leaving)
     ledger.cluster.group_resized(request.request_id)
     pauses.regrouped(ledger.now_s, planner.prefill_s(request.tokens, (1,)) * (1.0 - done_share), done_share)
@@ -110,8 +110,8 @@ def parted(ledger: Ledger, request: Request, word: GroupParted) -> None:
     ledger.policy.long_changed(request)
 
 
-def _tell_planner(ledger: Ledger, request: Request, done_share: float) -> None:
-    """How long so much of it took. Of one that has grown, since then."""
+def tell_planner(ledger: Ledger, request: Request, done_share: float = 1.0) -> None:
+    """How long so much of its prefill took. Of one that has grown, or parted, since then."""
     pauses = request.pauses
     assert pauses is not None
     done = (done_share - pauses.base_share) / (1.0 - pauses.base_share) if done_share > pauses.base_share else 0.0

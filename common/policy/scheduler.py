@@ -66,7 +66,7 @@ from common.policy.decisions import (
     ResumeLong,
     SpillLong,
 )
-from common.policy.growing import give_back, grow, grown, let_go, part, parted
+from common.policy.growing import give_back, grow, grown, let_go, part, parted, tell_planner
 from common.policy.ledger import Ledger
 from common.policy.lifecycle import HANDING_OVER, IN_GROUP, MOVED_LONG, PREFILLING_LONG, RequestState
 from common.policy.live_planner import GroupPlan, Rank, plan_group
@@ -378,7 +378,7 @@ class Scheduler:
             return
         assert request.pauses is not None
         request.pauses.resumed(self._ledger.now_s, self._bounds)
-        self._tell_planner(request, request.pauses)
+        tell_planner(self._ledger, request)
         give_back(self._ledger, request, "the prefill ended first")
         if event.members and (leaving := tuple(m for m in request.members if m not in event.members)):
             let_go(self._ledger, request, leaving)
@@ -386,11 +386,6 @@ class Scheduler:
         self._ledger.move(request, RequestState.DECODING)
         for worker_id in request.members:
             self._policy.replica_eased(worker_id, self._cluster)
-
-    def _tell_planner(self, request: Request, pauses: PauseAccount) -> None:
-        """How long it took. Of one that grew, since then."""
-        ran_s = pauses.ran_s(self._ledger.now_s) - pauses.base_s
-        self._ledger.planner.took(len(request.members), pauses.estimate_s - pauses.base_s, ran_s)
 
     def _on_group_ended(self, event: GroupFinished | GroupFailed) -> None:
         """The group is gone and its KV is free: so says the coordinator, who asked every rank."""
