@@ -23,16 +23,6 @@ from tests.engine.torch_group import Leads, generate, group_of, random_prompt
 NEW_TOKENS = 6
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def llama(folder: Path) -> LoadedModel:
-    return load_model(folder, dtype="float32", device="cpu")
-
-
 async def alone(group: Ranks, name: str, prompt: list[int], tokens: int) -> list[int]:
     """The other ranks let go of it; rank 0 draws so many tokens, with another sequence in its passes."""
     leader, short = group.leader, [5, 6, 7, 8, 9]

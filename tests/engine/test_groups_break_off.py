@@ -15,27 +15,17 @@ from common.messages.groups import RING
 from common.units import RequestId
 from services.engine.collectives import GroupBroken
 from services.engine.interface import LayerKv, PassResult, PrefillEngine, Segment
-from services.engine.model import LoadedModel, load_model
+from services.engine.model import LoadedModel
 from services.engine.sequence_parallel import GroupPass
 from services.engine.timed_language import TimedShape, expected_tokens
 from services.engine.timed_prefill import TimedPrefillEngine
 from services.engine.torch_prefill import TorchPrefillEngine
 from tests.engine.group_world import PATIENCE_S, Ranks, doors, scheme_of, spec
-from tests.engine.models import VOCAB, reference_greedy, reference_model, tiny_model
+from tests.engine.models import VOCAB, reference_greedy, reference_model
 
 LONG = RequestId("long")
 COST = StepCost(pass_s=0.006, token_s=0.0001, pair_s=0.0)
 LAYERS = 3
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def llama(folder: Path) -> LoadedModel:
-    return load_model(folder, dtype="float32", device="cpu")
 
 
 class Company:

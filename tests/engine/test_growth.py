@@ -18,11 +18,11 @@ from common.policy.sp_shares import Mesh
 from common.units import RequestId
 from services.engine.collectives import GroupBroken, GroupLink, GroupShare
 from services.engine.interface import EngineError, PrefillEngine, Segment
-from services.engine.model import LoadedModel, load_model
+from services.engine.model import LoadedModel
 from services.engine.timed_language import TimedShape, expected_tokens
 from services.engine.timed_prefill import TimedPrefillEngine
 from tests.engine.group_world import LINK_KINDS, PATIENCE_S, Ranks, doors, joined, spec, tokens_computed
-from tests.engine.models import reference_greedy, reference_model, tiny_model
+from tests.engine.models import reference_greedy, reference_model
 from tests.engine.torch_group import Leads, group_of, random_prompt
 
 NEW_TOKENS = 6
@@ -34,16 +34,6 @@ TIMED = TimedShape(
     context_tokens=512,
     vocab=211,
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def llama(folder: Path) -> LoadedModel:
-    return load_model(folder, dtype="float32", device="cpu")
 
 
 class Growing:

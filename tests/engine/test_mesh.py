@@ -47,16 +47,6 @@ CASES: list[tuple[GroupScheme, int, dict[str, Any]]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def llama(folder: Path) -> LoadedModel:
-    return load_model(folder, dtype="float32", device="cpu")
-
-
 def name_of(value: object) -> str | None:
     return value.name(value.per_node) if isinstance(value, GroupScheme) else None
 

@@ -28,16 +28,6 @@ LENGTHS = (1, 2, 31, 64, 331)
 ULYSSES_2 = GroupScheme(per_node=2)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def llama(folder: Path) -> LoadedModel:
-    return load_model(folder, dtype="float32", device="cpu")
-
-
 CASES: list[tuple[str, int, str, dict[str, Any]]] = [
     ("ring", 2, "tcp", {}),
     ("ring", 3, "memory", {}),

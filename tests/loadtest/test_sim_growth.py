@@ -7,7 +7,7 @@ import pytest
 from common.policy.elastic import IDLE_S
 from loadtest.simulator.growth import Progress
 from tests.loadtest.sim_cluster import HOP_S, LONG_CHUNK_S, LONG_DECODE_S, LONG_TOKEN_S, build, events, run, workload
-from tests.loadtest.test_sim_world import random_arrivals
+from tests.loadtest.test_sim_world import serve_at_random
 
 LONG = 8_000
 ALONE_S = LONG * LONG_TOKEN_S
@@ -55,14 +55,7 @@ def test_everything_ends_nothing_is_held_and_the_books_are_exact_throughout(
 ) -> None:
     options: dict[str, object] = {"prefill": 6, "decode": 2, "per_node": 2, "elastic": True, "shorts_spare": 0.5}
     world = build(**(options | switches))
-    arrivals = [(at_s * 4, tokens, output) for at_s, tokens, output in random_arrivals(100, seed=seed)]
-    result = world.run(workload(*arrivals))
-    assert not result.stalled
-    assert [outcome.failure for outcome in result.outcomes] == [None] * 100
-    for worker in (*world._replicas.values(), *world._decoders.values()):
-        assert worker.kv._held == {}
-    assert all(not worker.held for worker in world._core.cluster.workers())
-    assert result.counters["grown"] > 0
+    assert serve_at_random(world, seed).counters["grown"] > 0
 
 
 def test_how_far_a_prefill_is_follows_from_what_is_left_before_and_after() -> None:

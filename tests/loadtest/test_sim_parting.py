@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 
 from loadtest.simulator.growth import Progress
-from tests.loadtest.sim_cluster import HOP_S, LONG_CHUNK_S, LONG_DECODE_S, LONG_TOKEN_S, build, events, run, workload
-from tests.loadtest.test_sim_world import random_arrivals
+from tests.loadtest.sim_cluster import HOP_S, LONG_CHUNK_S, LONG_DECODE_S, LONG_TOKEN_S, build, events, run
+from tests.loadtest.test_sim_world import serve_at_random
 
 LONG = 8_000
 ALONE_S = LONG * LONG_TOKEN_S
@@ -60,14 +60,7 @@ def test_everything_ends_nothing_is_held_and_the_books_are_exact_throughout(
     switches: dict[str, object], seed: int
 ) -> None:
     world = build(seed=seed, **(PARTING | {"prefill": 4, "decode": 2, "per_node": 2} | switches))
-    arrivals = [(at_s * 4, tokens, output) for at_s, tokens, output in random_arrivals(100, seed=seed)]
-    result = world.run(workload(*arrivals))
-    assert not result.stalled
-    assert [outcome.failure for outcome in result.outcomes] == [None] * 100
-    for worker in (*world._replicas.values(), *world._decoders.values()):
-        assert worker.kv._held == {}
-    assert all(not worker.held for worker in world._core.cluster.workers())
-    assert result.counters["parted"] > 0
+    assert serve_at_random(world, seed).counters["parted"] > 0
 
 
 def test_what_is_left_when_one_replica_goes_on_alone() -> None:

@@ -18,6 +18,7 @@ from loadtest.simulator.group import Group
 from loadtest.simulator.job import Job
 from loadtest.simulator.kv_books import KvBooks
 from loadtest.simulator.replica import Replica
+from loadtest.simulator.result import SimResult
 from loadtest.simulator.scenario import PRESETS
 from loadtest.simulator.timeline import Countdown, Timeline
 from loadtest.simulator.usage import Usage, is_denied
@@ -411,6 +412,18 @@ def test_without_disaggregation_prefills_share_the_steps_of_what_decodes():
 
 
 # --- the run ---------------------------------------------------------------------------------------
+
+
+def serve_at_random(world: World, seed: int) -> SimResult:
+    """A hundred requests: all end well, and nothing is held anywhere."""
+    arrivals = [(at_s * 4, tokens, output) for at_s, tokens, output in random_arrivals(100, seed=seed)]
+    result = world.run(workload(*arrivals))
+    assert not result.stalled
+    assert [outcome.failure for outcome in result.outcomes] == [None] * 100
+    for worker in (*world._replicas.values(), *world._decoders.values()):
+        assert worker.kv._held == {}
+    assert all(not worker.held for worker in world._core.cluster.workers())
+    return result
 
 
 def random_arrivals(count: int, seed: int, *, longs: float = 0.1) -> list[tuple[float, int, int]]:
