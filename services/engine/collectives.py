@@ -9,10 +9,16 @@ that no two ranks can disagree:
                      ◀── joined ──────── begin, open_pass
     send(step, stop) ──────────────────▶ receive(step) -> stop      once per step, before anything else of the step
                      ◀─── tensors, any way ───▶
+    recall(step)     ──── recalled ────▶ receive, look raise        instead, if rank 0 takes the step back
+                     ◀─── recalled, from each to all ───▶
     close_pass, end                      close_pass, end
 
 Followers are called one after another, each when the one before has joined. If all groups name their members in the
 same order of workers, no two groups that overlap can wait for each other in a circle.
+
+Rank 0 may take a step back as long as it owes each follower a message of it: nobody can have ended the step then. Each
+rank says to all that it has heard so, and throws away what the others sent before they did; so all stand before the
+step, and nothing of it is left on the way.
 
 A link belongs to the event loop's thread, and between `begin` and `end` to the one thread that computes the pass. Its
 ranks are connected in pairs; what one sends another arrives in order. Sizes are known to both sides. Where anything
@@ -35,6 +41,10 @@ from services.engine.interface import EngineError
 
 class GroupBroken(EngineError):
     """The group of this sequence is no more: a rank is gone, silent for too long, out of step, or gave up."""
+
+
+class StepRecalled(Exception):
+    """Rank 0 takes the step back: whoever hears it, from whichever rank, answers with `GroupLink.recall`."""
 
 
 class GroupKey(Record, frozen=True, kw_only=True):
@@ -81,7 +91,16 @@ class GroupLink(Protocol):
         ...
 
     def receive(self, rank: int, step: int, into: Sequence[memoryview] = ()) -> bool:
-        """Wait for the next message of that rank, into place. Returns its `stop`."""
+        """Wait for the next message of that rank, into place. Returns its `stop`. Raises: StepRecalled."""
+        ...
+
+    def look(self, step: int) -> None:
+        """Follower, without waiting. Raises: StepRecalled, if rank 0 has said so, and all that it sent before in this
+        step has been received."""
+        ...
+
+    def recall(self, step: int) -> None:
+        """Take the step back, or answer that it is; wait until all others have answered. The pass stops before it."""
         ...
 
     async def opened(self, announcement: Announcement) -> None:
@@ -90,6 +109,10 @@ class GroupLink(Protocol):
 
     async def received(self, rank: int, step: int) -> bool:
         """`receive` of a message without parts, for such an engine."""
+        ...
+
+    async def recalled(self, step: int) -> None:
+        """`recall`, for such an engine."""
         ...
 
     def close_pass(self) -> None:

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from common.messages.groups import Announcement
-from services.engine.collectives import GroupBroken, GroupKey
+from services.engine.collectives import GroupBroken, GroupKey, StepRecalled
 from services.engine.collectives_door import JOIN_S, GroupLinksFactory
 
 
 @dataclass(slots=True, eq=False)
 class _Message:
-    """One of three kinds: a call, a `joined`, or (with neither) a message of a step."""
+    """One of four kinds: a call, a `joined`, a `recall`, or (with none of these) a message of a step."""
 
     pass_no: int
     step: int
@@ -29,11 +29,18 @@ class _Message:
     payload: list[memoryview] = field(default_factory=list)
     call: Announcement | None = None
     joined: bool = False
+    recall: bool = False
 
     def matches(self, wanted: _Message) -> bool:
         mine, theirs = (
-            (each.pass_no, each.step, each.joined, each.call is None, each.nbytes) for each in (self, wanted)
+            (each.pass_no, each.step, each.joined, each.recall, each.call is None, each.nbytes)
+            for each in (self, wanted)
         )
+        return mine == theirs
+
+    def is_of(self, other: _Message) -> bool:
+        """Of the same step."""
+        mine, theirs = ((each.pass_no, each.step, each.joined, each.call) for each in (self, other))
         return mine == theirs
 
     @property
@@ -77,6 +84,8 @@ class MemoryGroupLink:
         self._callback: Callable[[Announcement], None] | None = None
         self._lost: Callable[[str], None] | None = None
         self._stirred = asyncio.Event()
+        self._recalled: set[int] = set()
+        """Ranks that have said in the present pass that a step is taken back: the last of it."""
         group.links[rank] = self
 
     def __repr__(self) -> str:
@@ -142,6 +151,10 @@ class MemoryGroupLink:
     async def received(self, rank: int, step: int) -> bool:
         return await self._received(rank, _Message(self._pass_no, step))
 
+    async def recalled(self, step: int) -> None:
+        for rank in self._recall(step):
+            await self._received(rank, _Message(self._pass_no, step, recall=True))
+
     async def _received(self, rank: int, wanted: _Message) -> bool:
         try:
             async with asyncio.timeout(self._silence_s):
@@ -165,6 +178,17 @@ class MemoryGroupLink:
         views = [view.cast("B") for view in into if view.nbytes]
         return self._receive(rank, _Message(self._pass_no, step, payload=views))
 
+    def look(self, step: int) -> None:
+        with self._group.changed:
+            self._require_whole()
+            lane = self._group.lanes[0, self.rank]
+            if lane and lane[0].recall and lane[0].step == step:
+                self._taken(0, _Message(self._pass_no, step))
+
+    def recall(self, step: int) -> None:
+        for rank in self._recall(step):
+            self._receive(rank, _Message(self._pass_no, step, recall=True))
+
     def close_pass(self) -> None:
         self._require_whole()
         with self._group.changed:
@@ -187,6 +211,7 @@ class MemoryGroupLink:
         """Yields whom to wait for."""
         self._require_whole()
         self._pass_no = announcement.pass_no
+        self._recalled.clear()
         last = self.size - 1
         if self.rank > 0:
             if self.rank < last:
@@ -195,6 +220,15 @@ class MemoryGroupLink:
         for rank in range(1, self.size):
             self._post(rank, _Message(self._pass_no, 0, call=announcement))
             if rank < last:
+                yield rank
+
+    def _recall(self, step: int) -> Iterator[int]:
+        """Yields whom to wait for."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        for rank in others:
+            self._post(rank, _Message(self._pass_no, step, recall=True))
+        for rank in others:
+            if rank not in self._recalled:
                 yield rank
 
     def _post(self, rank: int, message: _Message) -> None:
@@ -216,13 +250,18 @@ class MemoryGroupLink:
 
     def _taken(self, rank: int, wanted: _Message) -> _Message | None:
         """The next message of that rank, which must be this one, received into the memory that this one names. None:
-        nothing has come. Raises: GroupBroken."""
+        nothing has come. Raises: GroupBroken, StepRecalled."""
         with self._group.changed:
             self._require_whole()
             lane = self._group.lanes[rank, self.rank]
+            while lane and wanted.recall and lane[0].is_of(wanted) and not lane[0].recall:
+                lane.popleft()  # sent before its rank heard
             if not lane:
                 return None
             came = lane.popleft()
+            if came.recall and came.is_of(wanted) and not wanted.recall:
+                self._recalled.add(rank)
+                raise StepRecalled
             if not came.matches(wanted):
                 raise self._group.break_off(f"rank {rank} is out of step: {came} instead of {wanted}")
             data = b"".join(came.payload)

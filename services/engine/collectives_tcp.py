@@ -23,13 +23,15 @@ from functools import partial
 
 from common.messages.groups import Announcement
 from common.runtime.wire import WireError, decode_record, encode_record
-from services.engine.collectives import GroupBroken
+from services.engine.collectives import GroupBroken, StepRecalled
 from services.engine.transport_frames import VIEWS_MAX, advance
 
 HEADER = struct.Struct(">BBIIQ")
 """Kind, stop, number of the pass, step, bytes of payload."""
-STEP, CALL, JOINED = range(3)
+STEP, CALL, JOINED, RECALL = range(4)
 CALL_BYTES_MAX = 4096
+THROWN_AWAY_BYTES_MAX = 1 << 30
+"""In one message of a step taken back: far above any, and no reason to allocate whatever a header says."""
 
 
 class _Peer:
@@ -39,6 +41,8 @@ class _Peer:
         self.rank = rank
         self.sock = sock
         self.unsent: list[memoryview] = []
+        self.recalled = -1
+        """The step in the present pass that it has said is taken back."""
 
     def push(self) -> bool:
         """Send what the socket takes. Returns whether it took anything. Raises: OSError."""
@@ -185,6 +189,8 @@ class TcpGroupLink:
     def open_pass(self, announcement: Announcement) -> None:
         self._require_whole()
         self._pass_no = announcement.pass_no
+        for peer in self._peers.values():
+            peer.recalled = -1
         last = self.size - 1
         if self.rank > 0:
             if self.rank < last:
@@ -203,11 +209,33 @@ class TcpGroupLink:
     def receive(self, rank: int, step: int, into: Sequence[memoryview] = ()) -> bool:
         return self._take(rank, STEP, step, into)
 
+    def look(self, step: int) -> None:
+        self._require_whole()
+        try:
+            data = self._peers[0].sock.recv(HEADER.size, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            raise self._broken(f"rank 0: connection lost: {error}") from error
+        if len(data) == HEADER.size and HEADER.unpack(data) == (RECALL, 0, self._pass_no, step, 0):
+            self._take(0, STEP, step, ())
+
+    def recall(self, step: int) -> None:
+        self._require_whole()
+        for peer in self._peers.values():
+            self._post(peer, RECALL, step, (), stop=False)
+        for rank, peer in self._peers.items():
+            while peer.recalled != step:
+                self._throw_away(rank, step)
+
     async def opened(self, announcement: Announcement) -> None:
         await asyncio.to_thread(self.open_pass, announcement)
 
     async def received(self, rank: int, step: int) -> bool:
         return await asyncio.to_thread(self.receive, rank, step)
+
+    async def recalled(self, step: int) -> None:
+        await asyncio.to_thread(self.recall, step)
 
     def close_pass(self) -> None:
         patience_until_s = time.monotonic() + self._silence_s
@@ -252,18 +280,38 @@ class TcpGroupLink:
             raise self._broken(f"rank {peer.rank}: connection lost: {error}") from error
 
     def _take(self, rank: int, kind: int, step: int, into: Sequence[memoryview]) -> bool:
-        """The next message of this rank, which must be this one. Returns its `stop`."""
-        peer = self._peers[rank]
-        header = bytearray(HEADER.size)
-        self._fill(peer, [memoryview(header)])
+        """The next message of this rank, which must be this one. Returns its `stop`. Raises: StepRecalled."""
         views = [view.cast("B") for view in into if view.nbytes]
         wanted = (kind, self._pass_no, step, sum(map(len, views)))
-        came_kind, stop, pass_no, at_step, nbytes = HEADER.unpack(header)
-        came = (came_kind, pass_no, at_step, nbytes)
+        came, stop = self._next_header(rank)
+        if came == (RECALL, self._pass_no, step, 0):
+            self._peers[rank].recalled = step
+            raise StepRecalled
         if came != wanted:
-            raise self._broken(f"rank {rank} is out of step: (kind, pass, step, bytes) {came} instead of {wanted}")
-        self._fill(peer, views)
-        return bool(stop)
+            raise self._out_of_step(rank, came, wanted)
+        self._fill(self._peers[rank], views)
+        return stop
+
+    def _throw_away(self, rank: int, step: int) -> None:
+        """The next message of this rank, of a step that was taken back."""
+        came, _ = self._next_header(rank)
+        kind, pass_no, at_step, nbytes = came
+        if (pass_no, at_step) != (self._pass_no, step) or kind not in (STEP, RECALL) or nbytes > THROWN_AWAY_BYTES_MAX:
+            raise self._out_of_step(rank, came, (RECALL, self._pass_no, step, 0))
+        if kind == RECALL:
+            self._peers[rank].recalled = step
+        elif nbytes:
+            self._fill(self._peers[rank], [memoryview(bytearray(nbytes))])
+
+    def _next_header(self, rank: int) -> tuple[tuple[int, int, int, int], bool]:
+        """Kind, pass, step, bytes; and `stop`."""
+        header = bytearray(HEADER.size)
+        self._fill(self._peers[rank], [memoryview(header)])
+        kind, stop, pass_no, step, nbytes = HEADER.unpack(header)
+        return (kind, pass_no, step, nbytes), bool(stop)
+
+    def _out_of_step(self, rank: int, came: tuple[int, ...], wanted: tuple[int, ...]) -> GroupBroken:
+        return self._broken(f"rank {rank} is out of step: (kind, pass, step, bytes) {came} instead of {wanted}")
 
     def _fill(self, peer: _Peer, views: list[memoryview]) -> None:
         """Receive exactly this many bytes of that rank, sending to all meanwhile."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from services.engine.batch import HeldSequence, Packed, RaggedBatch, node_batch
-from services.engine.collectives import GroupBroken
+from services.engine.collectives import GroupBroken, StepRecalled
 from services.engine.interface import EngineError, LayerKv, Sampled
 from services.engine.megatron import Placed, Rotary, compute_layer
 from services.engine.model import LoadedModel
@@ -48,13 +48,19 @@ class PassRun:
     def finished(self) -> bool:
         return self.steps_done == self._model.layers
 
-    def step(self) -> None:
-        """Run the next layer. Must be called in `torch.inference_mode`."""
+    def step(self) -> bool:
+        """Run the next layer. False: its group took that back, and the pass stands where it stood. Must be called in
+        `torch.inference_mode`."""
         if self.finished:
             raise EngineError("the pass is finished")
         before = self._hidden
         try:
             self._run_layer(self.group)
+        except StepRecalled:
+            assert self.group is not None
+            self._hidden = before
+            self.group.recall()
+            return False
         except GroupBroken:
             self._hidden = before  # whoever goes on without the group begins the step anew
             raise
@@ -65,6 +71,7 @@ class PassRun:
             self._conclude()
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
+        return True
 
     def _run_layer(self, group: GroupPass | None) -> None:
         if group is not None:

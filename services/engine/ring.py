@@ -27,13 +27,15 @@ if TYPE_CHECKING:
 def ring_attention(group: GroupPass, kv: SequenceKv, layer: int, query: Tensor, scaling: float) -> Tensor:
     """Attention of the node's tokens to the whole sequence so far. Their own keys and values are in `kv`.
 
-    `query` and result: [1, query heads of the place, tokens of the node, head_dim]. Raises: GroupBroken."""
+    `query` and result: [1, query heads of the place, tokens of the node, head_dim]. Raises: StepRecalled,
+    GroupBroken."""
     if not group.heads.query_heads:
         return query  # none is left for this place, here and in every other node
     query = query.contiguous()
     if group.node_tokens or group.rank == 0:
         for rank in group.peers():
             group.send(rank, [query])
+    group.maybe_recall()
     keys, values = kv.read(layer, 0, group.past(group.node) + group.kept(group.node))
     own = attend_share(group.heads, attend_at_end, query, keys, values, scaling) if group.node_tokens else None
     for rank in group.peers():
@@ -49,6 +51,7 @@ def _serve(group: GroupPass, rank: int, query: Tensor, keys: Tensor, values: Ten
         return
     (theirs,) = group.receive(rank, [(1, query.shape[1], tokens, query.shape[3])], query)
     seen = _seen(group, group.node, node)
+    group.maybe_recall()
     if tokens and seen:
         partial = attend_share(group.heads, attend, theirs, keys[:, :, :seen], values[:, :, :seen], scaling)
         group.decide()

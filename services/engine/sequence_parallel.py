@@ -8,9 +8,12 @@ A token drawn goes through the modules of rank 0 alone; the others lend it their
 it to rank 0 layer by layer in a last common chunk (`Segment.gathers`), and are needed no more.
 
 Every step begins with a message of rank 0 to each other rank, which also says whether the pass stops after it. Where
-rank 0 has more to send to each of them in the same step, what it says last counts: a stop asked for while it
-computed its attention takes effect one step sooner. A rank that stands neither in rank 0's node nor at its place in
-another, and so exchanges no tensor with it, is told by a message of its own.
+rank 0 has more to send to each of them in the same step, what it says last counts. A rank that stands neither in
+rank 0's node nor at its place in another, and so exchanges no tensor with it, is told by a message of its own.
+
+A stop asked for before rank 0's last word in a step of a chunk takes the step back, where rank 0 can still say so
+before the larger part of it is computed: all stand before it, and it is computed anew later. So a pause waits for the
+rest of a step that is nearly done, or for the beginning of one, never for both.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from common.messages.groups import Announcement
 from common.policy.sp_shares import HeadShare
+from services.engine.collectives import StepRecalled
 from services.engine.kv_cache import SequenceKv
 from services.engine.ring import ring_attention
 from services.engine.shard_decode import ask, lend
@@ -60,7 +64,10 @@ class GroupPass:
         self._stop_wanted = stop_wanted
         self._step = 0
         self._decided = False
-        """Rank 0 has said its last word in this step."""
+        """Rank 0 has said its last word in this step; to a rank that computes no token, its first may be that."""
+        self._recalled = 0
+        """The step taken back last. It is not a second time, so that no row of pauses keeps the pass from moving; nor
+        is the first, as a pass without a step done does not stand, but has not begun."""
 
     # --- who computes and keeps what ---
 
@@ -160,13 +167,28 @@ class GroupPass:
         self.link.close_pass()
 
     def begin_step(self, layer: int) -> None:
+        """Raises: StepRecalled, GroupBroken."""
         self._step = layer
         self._decided = False
+        self.maybe_recall()
         if self.rank == 0:
             self.stopping = self._stop_wanted()
+            self._decided = not all(self.part(rank) for rank in range(self.size))
+
+    def maybe_recall(self) -> None:
+        """Within a step, as long as there is not much to be lost. Raises: StepRecalled, GroupBroken."""
+        if self.rank:
+            self.link.look(self._step)
+        elif not (self.is_row or self._decided or self._step == self._recalled) and self._stop_wanted():
+            raise StepRecalled
+
+    def recall(self) -> None:
+        """After `StepRecalled`: all ranks stop before this step. Raises: GroupBroken."""
+        self.link.recall(self._step)
+        self._recalled, self.stopping = self._step, True
 
     def end_step(self, kv: SequenceKv) -> None:
-        """Raises: GroupBroken."""
+        """Raises: StepRecalled, GroupBroken."""
         if self.node and self.place and not self.is_row:
             self.stopping = self.link.receive(0, self._step)
         if self.gathers:
@@ -197,7 +219,7 @@ class GroupPass:
     ) -> Tensor:
         """Attention to the whole sequence so far, of the shape of `query`: of the own tokens in all heads, or, where
         the projections are split (`megatron.py`), of the node's tokens in the heads of this place. The KV that this
-        rank keeps is in its cache afterwards. Raises: GroupBroken."""
+        rank keeps is in its cache afterwards. Raises: StepRecalled, GroupBroken."""
         if self.is_row:
             if self.rank == 0:
                 return ask(self, kv, layer, query, key, value, scaling)
@@ -241,7 +263,7 @@ class GroupPass:
 
     def decide(self) -> None:
         """Rank 0, before it sends its last message of a step to the first of the others: the same to all."""
-        if self.rank == 0 and not self._decided and all(self.part(rank) for rank in range(self.size)):
+        if self.rank == 0 and not self._decided:
             self.stopping = self.stopping or self._stop_wanted()
         self._decided = True
 

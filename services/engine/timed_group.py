@@ -1,6 +1,7 @@
 """A timed engine's part in a group: it keeps step with the other ranks, on the event loop, and sends no tensors.
 
-Rank 0 opens every step with the word whether the pass stops after it, and ends it when all others have.
+Rank 0 opens every step with the word whether the pass stops after it, and ends it when all others have. Or it takes it
+back, if a stop was asked for (`GroupPass.maybe_recall`).
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from services.engine.collectives import GroupLink
+from services.engine.collectives import GroupLink, StepRecalled
 from services.engine.interface import Segment
 from services.engine.shared_sequence import SharedSequence
 
@@ -51,10 +52,17 @@ class TimedGroup:
         finally:
             self.link.end()
 
-    async def begin_step(self, step: int, stop_asked: bool) -> bool:
-        """Returns whether the pass stops after this step."""
+    async def begin_step(self, step: int, stop_asked: bool, *, recallable: bool) -> bool:
+        """Returns whether the pass stops after this step. Raises: StepRecalled (it stops before it), GroupBroken."""
         if not self.leads:
-            return await self.link.received(0, step)
+            try:
+                return await self.link.received(0, step)
+            except StepRecalled:
+                await self.link.recalled(step)
+                raise
+        if stop_asked and recallable:
+            await self.link.recalled(step)
+            raise StepRecalled
         for rank in range(1, self.size):
             self.link.send(rank, step, stop=stop_asked)
         return stop_asked

@@ -12,7 +12,7 @@ from functools import reduce
 from common.messages.requests import RequestSpec
 from common.policy.sp_shares import kv_of_rank
 from common.units import RequestId
-from services.engine.collectives import GroupBroken, GroupLink, GroupShare, OnCalled
+from services.engine.collectives import GroupBroken, GroupLink, GroupShare, OnCalled, StepRecalled
 from services.engine.interface import (
     BrokenOff,
     EngineError,
@@ -70,6 +70,8 @@ class _Pass:
     """Of each segment: its tokens' states, as KV carries them."""
     fails: bool
     steps_done: int = 0
+    recalled: int = 0
+    """The step taken back last: it is not a second time, nor is the first."""
     group: TimedGroup | None = None
     """Of the shared sequence in it."""
 
@@ -251,7 +253,14 @@ class TimedPrefillEngine:
         """Until the end or a stop. Returns whether it was stopped."""
         at_s = now_s()
         while work.steps_done < self.shape.layers:
-            stop = False if work.group is None else await work.group.begin_step(work.steps_done, self._stop_asked)
+            stop = False
+            if work.group is not None:
+                recallable = work.steps_done != work.recalled
+                try:
+                    stop = await work.group.begin_step(work.steps_done, self._stop_asked, recallable=recallable)
+                except StepRecalled:
+                    work.recalled = work.steps_done
+                    return True
             at_s = (at_s if work.group is None else now_s()) + work.step_s  # others may have kept it waiting
             await sleep_until(at_s)
             if work.fails and work.steps_done >= self.shape.layers // 2:

@@ -351,9 +351,9 @@ class TorchPrefillEngine:
         if group is not None and announcement is not None:
             group.open(announcement)
         while not pass_run.finished:
-            pass_run.step()
+            done = pass_run.step()
             ended = time.monotonic()
-            if pieces := pass_run.layer_kv(pass_run.steps_done - 1):
+            if done and (pieces := pass_run.layer_kv(pass_run.steps_done - 1)):
                 loop.call_soon_threadsafe(_deliver, pieces)
             if self._stop_wanted.is_set() if group is None else group.stopping:
                 break

@@ -6,6 +6,7 @@ import asyncio
 import random
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -13,7 +14,7 @@ import pytest
 
 from common.messages.groups import Announcement
 from common.units import Attempt, RequestId
-from services.engine.collectives import GroupBroken, GroupKey, GroupLink
+from services.engine.collectives import GroupBroken, GroupKey, GroupLink, StepRecalled
 from services.engine.collectives_door import open_group_links
 from services.engine.collectives_memory import MemoryGroupHub
 from tests.engine.group_world import LINK_KINDS, PATIENCE_S, doors, joined
@@ -170,6 +171,135 @@ async def test_the_same_on_the_event_loop(kind: str) -> None:
             return stop
 
         assert await asyncio.gather(lead(), follow(), follow()) == [None, True, True]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("sent_first", [0, 1, 2])
+async def test_a_step_taken_back_leaves_nothing_behind(kind: str, size: int, sent_first: int) -> None:
+    """Rank 0 takes step 3 back when it has sent everybody `sent_first` messages of it; the others send theirs, as much
+    as no socket takes, whether or not anybody reads it. The next pass computes that step as if nothing had been."""
+    nbytes = 500_000
+    heard: list[int] = []
+
+    def hears(link: GroupLink, others: list[int]) -> bool:
+        try:
+            for rank in others * 3:
+                link.receive(rank, 3, [buffer(nbytes)])
+        except StepRecalled:
+            return True
+        return False
+
+    def taken_back(link: GroupLink) -> Callable[[], None]:
+        others = [rank for rank in range(size) if rank != link.rank]
+
+        def work() -> None:
+            for _ in range(sent_first if link.rank == 0 else 2):
+                for rank in others:
+                    link.send(rank, 3, [buffer(nbytes)])
+            if link.rank == 0 or hears(link, others):
+                heard.append(link.rank)
+                link.recall(3)
+
+        return work
+
+    def done(link: GroupLink) -> Callable[[], None]:
+        others = [rank for rank in range(size) if rank != link.rank]
+
+        def work() -> None:
+            for rank in others:
+                link.send(rank, 3, [buffer(40, link.rank)])
+            for rank in others:
+                into = buffer(40, 99)
+                link.receive(rank, 3, [into])
+                assert into == buffer(40, rank)
+
+        return work
+
+    async with group(kind, size) as links:
+        for pass_no in (1, 3):
+            assert await in_pass(links, call(pass_no, step=3), *map(taken_back, links)) == [None] * size
+            assert await in_pass(links, call(pass_no + 1, step=3), *map(done, links)) == [None] * size
+    assert sorted(heard) == sorted([*range(size)] * 2)
+
+
+async def test_a_follower_that_looks_hears_that_its_step_is_taken_back(kind: str) -> None:
+    said, looked = threading.Event(), threading.Event()
+
+    def lead(link: GroupLink) -> None:
+        link.send(1, 2, [buffer(5)])
+        link.send(1, 3, [])
+        said.set()
+        assert looked.wait(PATIENCE_S)
+        link.recall(3)
+
+    def follow(link: GroupLink) -> None:
+        assert said.wait(PATIENCE_S)
+        link.look(2)
+        link.receive(0, 2, [buffer(5)])
+        link.look(3)
+        link.receive(0, 3)
+        looked.set()
+        until_s = time.monotonic() + PATIENCE_S
+        try:
+            while time.monotonic() < until_s:
+                link.look(2)  # that one is done
+                link.look(3)
+        except StepRecalled:
+            link.recall(3)
+
+    async with group(kind, 2) as links:
+        assert await in_pass(links, call(1), lambda: lead(links[0]), lambda: follow(links[1])) == [None, None]
+
+
+@pytest.mark.parametrize("how", ["hangs", "gives up"])
+async def test_who_does_not_answer_when_a_step_is_taken_back_breaks_the_group(kind: str, how: str) -> None:
+    free = threading.Event()
+
+    def lost(link: GroupLink) -> None:
+        if how == "gives up":
+            link.abort()
+        assert free.wait(PATIENCE_S)
+
+    def recalls(link: GroupLink) -> Callable[[], None]:
+        def work() -> None:
+            try:
+                if link.rank:
+                    with pytest.raises(StepRecalled):
+                        link.receive(0, 0)
+                link.recall(0)
+            finally:
+                free.set()
+
+        return work
+
+    async with group(kind, 3, silence_s=0.3 if how == "hangs" else LONG_S) as links:
+        works = (recalls(links[0]), recalls(links[1]), lambda: lost(links[2]))
+        raised = await in_pass(links, call(1), *works)
+        assert [type(error) for error in raised[:2]] == [GroupBroken] * 2
+
+
+async def test_a_step_is_taken_back_on_the_event_loop(kind: str) -> None:
+    async with group(kind, 2) as links:
+        told: asyncio.Future[Announcement] = asyncio.get_running_loop().create_future()
+        links[1].on_call(told.set_result)
+
+        async def lead() -> None:
+            links[0].begin()
+            await links[0].opened(call(1, step=2))
+            await links[0].recalled(2)
+            links[0].end()
+
+        async def follow() -> None:
+            announcement = await told
+            links[1].begin()
+            await links[1].opened(announcement)
+            links[1].send(0, 2)
+            with pytest.raises(StepRecalled):
+                await links[1].received(0, 2)
+            await links[1].recalled(2)
+            links[1].end()
+
+        await asyncio.gather(lead(), follow())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from common.messages.groups import GroupScheme, Stage
+from common.messages.groups import RING, GroupScheme, Stage
 from common.units import RequestId
 from services.engine.collectives import GroupBroken, GroupShare
 from services.engine.interface import EngineError, Segment
@@ -180,11 +180,38 @@ async def test_a_stop_during_attention_takes_effect_in_that_step(
     result = await group.run([Segment(RequestId("a"), 0, 20, True)])
     assert (result.finished, result.steps_done) == (False, 1)
     assert (await group.resume("a")).steps_done == 2
-    # A chunk too small for all: some have had rank 0's last word by then, and the stop comes a step later.
+    # A chunk too small for all: some have had rank 0's last word by then, and it stands when that step is done.
     await group.open("b", [3] * 20, 5, scheme)
     result = await group.run([Segment(RequestId("b"), 0, 1, False)])
-    assert (result.finished, result.steps_done) == (False, 2)
+    assert (result.finished, result.steps_done) == (False, 1)
     await group.shutdown("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "size"),
+    [(scheme, size) for scheme in (RING, *MIXTURES) for size in (2, 3, 4) if size % scheme.per_node == 0],
+    ids=name_of,
+)
+async def test_a_step_is_taken_back_once(scheme: GroupScheme, size: int, llama: LoadedModel, leads: Leads) -> None:
+    """Wherever in a step a stop may still take it back, all stand before it; asked for there again, after it."""
+    group = group_of(llama, size, "memory")
+    leads.engine = group.leader  # type: ignore[assignment]
+    for point in range(2):
+        name = f"p{point}"
+        await group.open(name, [3] * 40, 5, scheme)
+        leads.stop_after, leads.asked, leads.recalled = 2, point, 0
+        result = await group.run([Segment(RequestId(name), 0, 40, True)])
+        assert (result.finished, result.steps_done, leads.recalled) == (False, 1, 1)
+        leads.stop_after, leads.asked = 1, point
+        result = await group.resume(name)
+        assert (result.finished, result.steps_done, leads.recalled) == (False, 2, 1)
+        assert (await group.resume(name)).finished
+        group.close(name)
+    # The first is not taken back.
+    await group.open("first", [3] * 40, 5, scheme)
+    leads.stop_after, leads.asked = 1, 0
+    assert (await group.run([Segment(RequestId("first"), 0, 40, True)])).steps_done == 1
+    await group.shutdown("first")
 
 
 @pytest.mark.parametrize("scheme", MIXTURES, ids=name_of)

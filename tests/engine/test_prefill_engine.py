@@ -67,7 +67,7 @@ class Hook:
         self._loop: asyncio.AbstractEventLoop | None = None
         original = PassRun.step
 
-        def step(run: PassRun) -> None:
+        def step(run: PassRun) -> bool:
             self.steps += 1
             self.threads.append(threading.current_thread().name)
             self.niceness.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
@@ -76,10 +76,11 @@ class Hook:
                 assert self.go_on.wait(10)
             if self.steps == self.stop_after and self.engine is not None:
                 self.engine.stop()
-            original(run)
+            done = original(run)
             if run.logits is not None:
                 for row, logits in zip(run.batch.sampled, run.logits, strict=True):
                     self.logits.setdefault(row.sequence.spec.request_id, []).append(logits.clone())
+            return done
 
         monkeypatch.setattr(PassRun, "step", step)
 

@@ -13,6 +13,7 @@ from common.units import RequestId
 from services.engine.interface import Segment
 from services.engine.model import LoadedModel
 from services.engine.prefill import PassRun
+from services.engine.sequence_parallel import GroupPass
 from services.engine.torch_prefill import TorchPrefillEngine
 from tests.engine.group_world import Ranks, doors
 from tests.engine.models import VOCAB
@@ -41,22 +42,46 @@ class Leads:
         self.engine: TorchPrefillEngine | None = None
         self.stop_after = 0
         """Ask for a stop during the step with this number, counted from now; 0: never."""
+        self.asked = 0
+        """How often it was asked for: in turn before the step, at points in it where it may be taken back, and when it
+        is done."""
+        self.recalled = 0
+        """Steps taken back."""
+        self._points_left: int | None = None
         self.logits: list[torch.Tensor] = []
         """Of every token that rank 0 draws of a shared sequence."""
-        original = PassRun.step
+        original, original_point = PassRun.step, GroupPass.maybe_recall
 
-        def step(run: PassRun) -> None:
+        def step(run: PassRun) -> bool:
             leads = run.group is not None and run.group.rank == 0
             if leads:
                 self.stop_after -= 1
                 if self.stop_after == 0 and self.engine is not None:
-                    self.engine.stop()
-            original(run)
+                    self._points_left, self.asked = self.asked % 4, self.asked + 1
+            done = original(run)
+            if leads:
+                self.recalled += not done
+                self._ask()
             if leads and run.logits is not None:
                 shared = next(at for at, row in enumerate(run.batch.sampled) if row.group is not None)
                 self.logits.append(run.logits[shared].clone())
+            return done
+
+        def point(group: GroupPass) -> None:
+            if group.rank == 0 and self._points_left is not None:
+                if self._points_left == 0:
+                    self._ask()
+                else:
+                    self._points_left -= 1
+            original_point(group)
 
         monkeypatch.setattr(PassRun, "step", step)
+        monkeypatch.setattr(GroupPass, "maybe_recall", point)
+
+    def _ask(self) -> None:
+        if self._points_left is not None and self.engine is not None:
+            self.engine.stop()
+        self._points_left = None
 
 
 def group_of(model: LoadedModel, size: int, kind: str = "tcp", *, silence_s: float = 5.0) -> Ranks:
