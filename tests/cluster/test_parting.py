@@ -62,17 +62,18 @@ async def test_a_group_that_is_worth_it_keeps_its_workers():
 
 @virtual
 async def test_a_group_that_shorts_keep_standing_goes_on_alone():
-    """The other worker serves them all from then on: the long is paused no more, or hardly."""
+    """The other worker serves most of them from then on: fewer pause the long."""
     async with cluster(group_max=2, decode=2, shorts_spare=0.0, pause_immunity_s=0.01) as c:
         long = await long_on_two(c)
-        at_parting = None
+        at_parting: tuple[int, int] | None = None
         while not long.tokens and not long.ended:
             c.submit(c.random.randint(100, 250), max_tokens=2)
             await asyncio.sleep(c.random.uniform(0.05, 0.15))
             if c.count("parted") and at_parting is None:
-                at_parting = c.count("pauses")
+                at_parting = c.count("pauses"), len(c.answers)
         assert at_parting is not None
-        assert c.count("pauses") - at_parting < at_parting
+        pauses, sent = at_parting
+        assert (c.count("pauses") - pauses) / (len(c.answers) - sent) < 0.8 * pauses / sent
         await c.until(lambda: all(answer.ended for answer in c.answers))
         assert [answer.error for answer in c.answers] == [None] * len(c.answers)
         assert c.count("interrupted") == 0
