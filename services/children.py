@@ -137,7 +137,7 @@ class Children:
             return True
         except TimeoutError:
             await _kill_and_reap(child.process)
-            return False
+            return self._in_a_hurry  # it was given no time
 
     async def _watch(self, child: _Child) -> None:
         while await self._ended(child):
