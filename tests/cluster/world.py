@@ -56,7 +56,7 @@ SHAPE = TimedShape(
     kv_capacity_tokens=20_000,
     step_cost=StepCost(pass_s=0.02, token_s=0.4e-3, pair_s=2e-7),
 )
-SETTLED_S = 20.0
+SETTLED_S = 60.0
 """Virtual seconds in which everything must have ended once nothing goes wrong any more."""
 PATIENCE_S = 60.0
 
