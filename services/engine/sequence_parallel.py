@@ -13,7 +13,8 @@ rank 0's node nor at its place in another, and so exchanges no tensor with it, i
 
 A stop asked for before rank 0's last word in a step of a chunk takes the step back, where rank 0 can still say so
 before the larger part of it is computed: all stand before it, and it is computed anew later. So a pause waits for the
-rest of a step that is nearly done, or for the beginning of one, never for both.
+rest of a step that is nearly done, or for the beginning of one; never for both, and for a whole one only where it may
+not be taken back: the first of a pass, one taken back before, one of so few tokens that a rank has none.
 """
 
 from __future__ import annotations

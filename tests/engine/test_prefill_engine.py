@@ -30,16 +30,6 @@ CAPACITY = 2_000
 NEW_TOKENS = 8
 
 
-@pytest.fixture(scope="module")
-def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def llama(llama_folder: Path) -> LoadedModel:
-    return load_model(llama_folder, dtype="float32", device="cpu")
-
-
 @pytest.fixture
 async def engine(llama: LoadedModel) -> Any:
     made = TorchPrefillEngine(llama, COST, kv_capacity_tokens=CAPACITY)
@@ -249,7 +239,7 @@ def assemble(pieces: list[LayerKv], model: LoadedModel, tokens: int) -> torch.Te
 async def test_a_chunk_longer_than_the_causal_block(
     engine: TorchPrefillEngine,
     hook: Hook,
-    llama_folder: Path,
+    folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     attention: attention_kernels.Attention,
 ) -> None:
@@ -266,7 +256,7 @@ async def test_a_chunk_longer_than_the_causal_block(
     engine.open(spec("a", prompt, 1), prompt, None)
     await engine.run([segment("a", 0, 30)])
     await engine.run([segment("a", 30, tokens - 30, sample=True)])
-    logits = reference_greedy(reference_model(llama_folder), prompt, 1)[1][0]
+    logits = reference_greedy(reference_model(folder), prompt, 1)[1][0]
     assert float((hook.logits["a"][0] - logits).abs().max()) < 1e-4
     assert calls == [CAUSAL_BLOCK, tokens - 30 - CAUSAL_BLOCK] * engine.profile.layers
 
@@ -385,7 +375,7 @@ async def test_a_stopped_pass_keeps_its_sequences_to_itself(engine: TorchPrefill
 
 
 async def test_closing_one_of_a_stopped_pass_leaves_the_others_exact(
-    engine: TorchPrefillEngine, hook: Hook, llama_folder: Path
+    engine: TorchPrefillEngine, hook: Hook, folder: Path
 ) -> None:
     rng = random.Random(3)
     prompts = {name: random_prompt(rng, size) for name, size in (("a", 30), ("b", 12), ("c", 25))}
@@ -398,7 +388,7 @@ async def test_closing_one_of_a_stopped_pass_leaves_the_others_exact(
     engine.close(RequestId("b"))
     assert engine.kv_used_tokens == 30 + 25 + 2 * NEW_TOKENS
     result = await engine.resume(RequestId("c"))
-    reference = reference_model(llama_folder)
+    reference = reference_model(folder)
     assert [s.request_id for s in result.sampled] == ["a", "c"]
     for drawn in result.sampled:
         theirs, logits = reference_greedy(reference, prompts[drawn.request_id], 1)
@@ -538,15 +528,15 @@ async def draw_all(engine: TorchPrefillEngine, specs: list[RequestSpec], prompt:
     return drawn
 
 
-async def test_bf16_stays_near_float32(llama_folder: Path, hook: Hook) -> None:
-    model = load_model(llama_folder, dtype="bfloat16", device="cpu")
+async def test_bf16_stays_near_float32(folder: Path, hook: Hook) -> None:
+    model = load_model(folder, dtype="bfloat16", device="cpu")
     engine = TorchPrefillEngine(model, COST, kv_capacity_tokens=CAPACITY)
     pieces: list[LayerKv] = []
     prompt = random_prompt(random.Random(9), 60)
     engine.open(spec("a", prompt), prompt, pieces.append)
     for start in range(0, 60, 20):
         await engine.run([segment("a", start, 20, sample=start == 40)])
-    theirs = reference_greedy(reference_model(llama_folder), prompt, 1)[1][0]
+    theirs = reference_greedy(reference_model(folder), prompt, 1)[1][0]
     ours = hook.logits["a"][0].float()
     assert float((ours - theirs).abs().max()) < 0.05 * float(theirs.abs().max())
     assert all(len(b) == 20 * model.head_dim * 2 for piece in pieces for b in piece.buffers)
