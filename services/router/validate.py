@@ -226,10 +226,10 @@ def _fitting(prompt_tokens: int, max_tokens: int | None, facts: ModelFacts) -> i
     room = facts.context_tokens - prompt_tokens
     wanted = min(facts.default_max_tokens, room) if max_tokens is None else max_tokens
     if wanted > room or room < 1:
-        asked = f" + max_tokens {max_tokens}" if max_tokens is not None else " leave no room for an answer"
+        total = "" if max_tokens is None else f" + max_tokens {max_tokens} = {prompt_tokens + max_tokens}"
+        advice = f"ask for {room} tokens at most, or shorten the prompt" if room >= 1 else "shorten the prompt"
         raise bad_request(
-            f"the context holds {facts.context_tokens} tokens; prompt {prompt_tokens}{asked}"
-            + (f" = {prompt_tokens + max_tokens}" if max_tokens is not None else ""),
+            f"the context holds {facts.context_tokens} tokens; prompt {prompt_tokens}{total}: {advice}",
             param="max_tokens" if room >= 1 else "prompt",
             code="context_length_exceeded",
         )

@@ -253,7 +253,10 @@ async def test_every_bad_input_is_one_clear_error_and_disturbs_nothing(path: str
 async def test_the_context_error_has_the_numbers():
     async with world() as w:
         error = (await w.post("/v1/completions", {**TEXT, "prompt": [5] * 500, "max_tokens": 20})).json()["error"]
-        assert error["message"] == "the context holds 512 tokens; prompt 500 + max_tokens 20 = 520"
+        numbers = "the context holds 512 tokens; prompt 500 + max_tokens 20 = 520"
+        assert error["message"] == f"{numbers}: ask for 12 tokens at most, or shorten the prompt"
+        error = (await w.post("/v1/completions", {**TEXT, "prompt": [5] * 513})).json()["error"]
+        assert error["message"] == "the context holds 512 tokens; prompt 513: shorten the prompt"
         whole = await w.post("/v1/completions", {**TEXT, "prompt": [5] * 500})
         assert whole.status_code == 200
         assert w.cluster.submitted[0].max_tokens == 12
