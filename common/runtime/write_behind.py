@@ -2,34 +2,43 @@
 
 The last word per key counts; it is retried until the store has it, and said again well before its time
 to live ends, so that a store that came back empty is whole again soon, and the words of a dead process lapse.
-Words gather for a moment, and what is taken back within it was never said: a short that lives some tens of
-milliseconds costs the store nothing.
+Each word waits for a moment, and what is taken back within it was never said: a short that lives some tens of
+milliseconds costs the store nothing, and its word is not even encoded.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
+from collections.abc import Callable
+from itertools import islice
+from typing import Generic, TypeVar
 
 from common.logs import get_logger
 from common.runtime.store import Delete, Put, Store, StoreError, Write
 
+ValueT = TypeVar("ValueT")
 log = get_logger(__name__)
 
 RENEWALS_PER_TTL = 3
 WRITES_PER_COMMIT_MAX = 256
 GATHER_S = 0.2
-"""How long words gather before they are written."""
+"""How long a word waits before it is written, with those that came meanwhile."""
 
 
-class WriteBehind:
-    """Keeps a set of keys in the store as long as `run` runs. Its size is bounded by what its owner holds."""
+class WriteBehind(Generic[ValueT]):
+    """Keeps a set of keys in the store as long as `run` runs. Its size is bounded by what its owner holds.
 
-    def __init__(self, store: Store, *, ttl_s: float) -> None:
+    `encode`: a value as the store has it; called when it is written, so values must not change."""
+
+    def __init__(self, store: Store, *, ttl_s: float, encode: Callable[[ValueT], bytes]) -> None:
         self._store = store
         self._ttl_s = ttl_s
-        self._kept: dict[str, bytes] = {}
-        self._dirty: dict[str, None] = {}
-        """Keys whose word has not reached the store; in order."""
+        self._encode = encode
+        self._kept: dict[str, ValueT] = {}
+        self._dirty: dict[str, float] = {}
+        """Keys whose word has not reached the store, and when it is due there. In order, but for those to be renewed:
+        they wait for the ones before them, `GATHER_S` at most."""
         self._said: set[str] = set()
         """Keys that the store may know of."""
         self._wake = asyncio.Event()
@@ -37,16 +46,14 @@ class WriteBehind:
     def __repr__(self) -> str:
         return f"WriteBehind(kept={len(self._kept)}, behind={len(self._dirty)})"
 
-    def put(self, key: str, value: bytes) -> None:
+    def put(self, key: str, value: ValueT) -> None:
         self._kept[key] = value
-        self._dirty[key] = None
-        self._wake.set()
+        self._note(key)
 
     def delete(self, key: str) -> None:
         self._kept.pop(key, None)
         if key in self._said:
-            self._dirty[key] = None
-            self._wake.set()
+            self._note(key)
         else:
             self._dirty.pop(key, None)
 
@@ -58,27 +65,36 @@ class WriteBehind:
         while True:
             now_s = loop.time()
             if now_s >= renew_s:
-                self._dirty.update(dict.fromkeys(self._kept))
+                for key in self._kept:
+                    self._dirty.setdefault(key, now_s)
                 renew_s = now_s + period_s
             self._wake.clear()
-            if self._dirty and not await self._write_some():
+            due_s = next(iter(self._dirty.values()), renew_s)
+            if due_s > now_s or not self._dirty:
+                await self._wait_until(min(due_s, renew_s))
+            elif not await self._write_some(now_s):
                 await asyncio.sleep(period_s)
-            elif not self._dirty:
-                await self._wait_until(renew_s)
-                await asyncio.sleep(GATHER_S)
 
     async def close(self) -> None:
         """Take everything back, as far as the store answers. After `run` has ended."""
         for key in list(self._kept):
             self.delete(key)
-        while self._dirty and await self._write_some():
+        while self._dirty and await self._write_some(math.inf):
             continue
 
-    async def _write_some(self) -> bool:
-        keys = list(self._dirty)[:WRITES_PER_COMMIT_MAX]
+    def _note(self, key: str) -> None:
+        if not self._dirty:
+            self._wake.set()  # else the first one's time is waited for already
+        self._dirty.setdefault(key, asyncio.get_running_loop().time() + GATHER_S)
+
+    async def _write_some(self, now_s: float) -> bool:
+        """What is due by then."""
+        due = (key for key, due_s in self._dirty.items() if due_s <= now_s)
+        keys = list(islice(due, WRITES_PER_COMMIT_MAX))
         words = {key: self._kept.get(key) for key in keys}
         writes: list[Write] = [
-            Delete(key) if value is None else Put(key, value, ttl_s=self._ttl_s) for key, value in words.items()
+            Delete(key) if value is None else Put(key, self._encode(value), ttl_s=self._ttl_s)
+            for key, value in words.items()
         ]
         self._said.update(keys)
         try:
@@ -87,7 +103,7 @@ class WriteBehind:
             log.warning("the store lags behind", writes=len(self._dirty), error=str(error))
             return False
         for key, value in words.items():
-            if self._kept.get(key) == value:  # else a newer word came meanwhile
+            if self._kept.get(key) is value:  # else a newer word came meanwhile
                 self._dirty.pop(key, None)
                 if value is None:
                     self._said.discard(key)

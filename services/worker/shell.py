@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from common.errors import StartupError
 from common.logs import about, get_logger
-from common.messages.base import Message
+from common.messages.base import Message, Record
 from common.messages.cluster import Holding, WorkerHeartbeat, WorkerLeft, WorkerProfile, WorkerRole
 from common.messages.locations import KvLocation, WorkerLease
 from common.metrics import Metrics
@@ -100,7 +100,7 @@ class WorkerShell(Generic[EventT, CommandT]):
             f"{role} worker {worker_id}", core, self._perform_all, journal=journal
         )
         self._plane: DataPlane | None = None
-        self._kept = WriteBehind(ports.store, ttl_s=settings.lease_s)
+        self._kept: WriteBehind[Record] = WriteBehind(ports.store, ttl_s=settings.lease_s, encode=wire.encode_record)
         watch_worker(metrics, worker_id, ports.engine, core.holdings)
         self._heartbeat = Heartbeat(settings.heartbeat_s, self._beat)
         self._tasks = Supervisor()
@@ -121,8 +121,7 @@ class WorkerShell(Generic[EventT, CommandT]):
                 tasks.spawn(self._runner.run(), name="core")
                 tasks.spawn(self._kept.run(), name="store")
                 inbox = await self._ports.bus.subscribe(subjects.worker(self._worker_id), self._hear)
-                lease = wire.encode_record(WorkerLease(profile=self._profile()))
-                self._kept.put(keys.worker_lease(self._worker_id), lease)
+                self._kept.put(keys.worker_lease(self._worker_id), WorkerLease(profile=self._profile()))
                 tasks.spawn(self._heartbeat.run(), name="heartbeats")
                 tasks.spawn(show_life(self._settings.alive_file, self._settings.heartbeat_s), name="sign of life")
                 self._started.set()
@@ -199,7 +198,7 @@ class WorkerShell(Generic[EventT, CommandT]):
 
     def keep_location(self, location: KvLocation) -> None:
         """Whose KV lies here, for whoever looks into the store."""
-        self._kept.put(keys.kv(location.request_id, self._worker_id), wire.encode_record(location))
+        self._kept.put(keys.kv(location.request_id, self._worker_id), location)
 
     def forget_location(self, request_id: RequestId) -> None:
         self._kept.delete(keys.kv(request_id, self._worker_id))
