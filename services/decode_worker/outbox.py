@@ -1,9 +1,14 @@
 """Tokens on their way to routers: steps that follow each other faster than anybody reads share a message. Pure.
 
-A token leaves at once if the last message to its router is long enough ago, and at once if it ends its request (the
-scheduler is told of the end right after, and must not be the first to hear). Otherwise it waits for those of the next
-steps. The last message may be another worker's: a request's first token, from where its prompt was computed.
-With steps slower than `gather_s` nothing ever waits, but for a second token that follows the first as quickly.
+A token leaves at once if the last message to its router is long enough ago; and at once, with what waited of its
+request, if it ends that (the scheduler is told of the end right after, and must not be the first to hear). Otherwise it
+waits for those of the next steps. The last message may be another worker's: a request's first token, from where its
+prompt was computed.
+
+What a token costs a router and its client is a share in a message, so a crowded batch gathers longer: a row each
+`ROW_S`, `GATHER_MAX_S` at most. A worker thus says 1 / `ROW_S` times a second that some row has gone on, however
+many it has and however fast it steps; with steps slower than that nothing ever waits, but for a second token that
+follows the first as quickly.
 """
 
 from __future__ import annotations
@@ -13,10 +18,14 @@ import msgspec
 from common.messages.requests import TokenChunk, TokensGenerated
 from common.units import RequestId, RouterId
 
+ROW_S = 0.001
+GATHER_MAX_S = 0.020
+"""Text that grows fifty times a second is as smooth as a screen shows it."""
+
 
 class TokenOutbox:
     def __init__(self, gather_s: float) -> None:
-        """`gather_s`: between two messages to one router, unless a request ends."""
+        """`gather_s`: between two messages to one router, at least, but for ends of requests; 0: nothing waits."""
         self._gather_s = gather_s
         self._held: dict[RouterId, TokensGenerated] = {}
         self._next_s: dict[RouterId, float] = {}
@@ -27,27 +36,37 @@ class TokenOutbox:
         if router_id not in self._held:
             self._next_s[router_id] = now_s + self._gather_s
 
-    def put(self, tokens: TokensGenerated, now_s: float) -> TokensGenerated | None:
-        """What is to be sent now; None: it waits, until `next_deadline_s` at most."""
+    def put(self, tokens: TokensGenerated, now_s: float, *, rows: int) -> TokensGenerated | None:
+        """What is to be sent now; None: it waits, until `next_deadline_s` at most. `rows`: in the batch, whoever's."""
         router, held = tokens.router_id, self._held.pop(tokens.router_id, None)
         whole = tokens if held is None else _joined(held, tokens)
-        ends = any(chunk.finish_reason is not None for chunk in tokens.chunks)
-        if not ends and now_s < self._next_s.get(router, now_s):
-            self._held[router] = whole
-            return None
-        self._next_s[router] = now_s + self._gather_s
-        return whole
+        if now_s >= self._next_s.get(router, now_s):
+            self._next_s[router] = now_s + self._window_s(rows)
+            return whole
+        ended = {_key(chunk) for chunk in tokens.chunks if chunk.finish_reason is not None}
+        leave = tuple(chunk for chunk in whole.chunks if _key(chunk) in ended)
+        stay = tuple(chunk for chunk in whole.chunks if _key(chunk) not in ended)
+        if stay:
+            self._held[router] = msgspec.structs.replace(whole, chunks=stay)
+        return msgspec.structs.replace(whole, chunks=leave) if leave else None
 
     def next_deadline_s(self) -> float | None:
         return min((self._next_s[router] for router in self._held), default=None)
 
-    def take_due(self, now_s: float) -> list[TokensGenerated]:
+    def take_due(self, now_s: float, *, rows: int) -> list[TokensGenerated]:
         """What has waited long enough. Forgets routers that nothing was sent to for a while."""
         due = [self._held.pop(router) for router in list(self._held) if self._next_s[router] <= now_s]
         for router in [router for router, next_s in self._next_s.items() if next_s <= now_s]:
             del self._next_s[router]
-        self._next_s.update({tokens.router_id: now_s + self._gather_s for tokens in due})
+        self._next_s.update({tokens.router_id: now_s + self._window_s(rows) for tokens in due})
         return due
+
+    def _window_s(self, rows: int) -> float:
+        return max(self._gather_s, min(rows * ROW_S, GATHER_MAX_S)) if self._gather_s else 0.0
+
+
+def _key(chunk: TokenChunk) -> tuple[RequestId, int]:
+    return chunk.request_id, chunk.attempt
 
 
 def _joined(first: TokensGenerated, second: TokensGenerated) -> TokensGenerated:
@@ -55,7 +74,7 @@ def _joined(first: TokensGenerated, second: TokensGenerated) -> TokensGenerated:
     chunks: dict[tuple[RequestId, int], TokenChunk] = {}
     rest: list[TokenChunk] = []
     for chunk in (*first.chunks, *second.chunks):
-        key = chunk.request_id, chunk.attempt
+        key = _key(chunk)
         before = chunks.get(key)
         if before is None:
             chunks[key] = chunk

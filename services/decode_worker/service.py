@@ -154,7 +154,7 @@ class DecodeWorker:
                 assert_never(command)
 
     async def _send(self, tokens: TokensGenerated) -> None:
-        ready = self._outbox.put(tokens, asyncio.get_running_loop().time())
+        ready = self._outbox.put(tokens, asyncio.get_running_loop().time(), rows=len(self._step_of))
         if ready is not None:
             await self._shell.publish(subjects.router(ready.router_id), ready)
         elif not self._holding:
@@ -165,7 +165,7 @@ class DecodeWorker:
         loop = asyncio.get_running_loop()
         while (due_s := self._outbox.next_deadline_s()) is not None:
             await asyncio.sleep(max(0.0, due_s - loop.time()))
-            for tokens in self._outbox.take_due(loop.time()):
+            for tokens in self._outbox.take_due(loop.time(), rows=len(self._step_of)):
                 await self._shell.publish(subjects.router(tokens.router_id), tokens)
         self._holding = False
 
