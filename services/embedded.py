@@ -26,6 +26,9 @@ START_S = 15.0
 STOP_S = 5.0
 TAIL_LINES = 12
 PR_SET_PDEATHSIG = 1
+NATS_CORES = "1"
+"""That a NATS beside all of its clients computes on. On two cores a second one hands each message from thread to thread
+and takes both cores from them (`python -m loadtest control`). An operator's GOMAXPROCS goes first."""
 PORTS = range(20_000, 32_000)
 """Below those of outgoing connections (Linux: from 32,768; others: from 49,152)."""
 PORT_TRIES = 50
@@ -130,6 +133,7 @@ class EmbeddedServer:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,  # Ctrl-C is for us, so that roles can drain while the servers still run
+                env={"GOMAXPROCS": NATS_CORES, **os.environ},
                 preexec_fn=_before_it_starts(),
             )
         try:

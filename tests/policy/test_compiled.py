@@ -1,4 +1,4 @@
-"""The scheduler's core compiled and from source: the same decisions, and never code that is not the source's."""
+"""Cores compiled and from source: the same decisions, and never code that is not the source's."""
 
 from __future__ import annotations
 
@@ -44,9 +44,18 @@ def test_the_same_events_get_the_same_answers_as_from_source():
 
 
 @compiled_here
-def test_from_source_holds_what_only_source_can_show():
-    """That a decision's cost does not grow with the cluster is counted in calls; the machine's checks look inside."""
-    files = [f"tests/policy/test_{name}.py" for name in ("decision_cost", "scheduler_machine")]
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("decision_cost", "scheduler_machine"), id="scheduler"),
+        pytest.param(("prefill_worker_machine", "golden", "decode_worker"), id="workers"),
+    ],
+)
+def test_from_source_holds_what_only_source_can_show(names):
+    """That a decision's cost does not grow with the cluster is counted in calls; the machine's checks look inside. The
+    workers' cores give from source what `make test` asks of them compiled. Apart, because hypothesis draws from the
+    constants of all modules that are loaded, and a machine counts on what its draws come to."""
+    files = [f"tests/policy/test_{name}.py" for name in names]
     said = python("-X", "from_source", "-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
     assert "skipped" not in said
 
@@ -58,16 +67,16 @@ def test_a_module_is_run_from_where_it_was_compiled(module):
     assert Path(found.__spec__.origin).suffix in (".so", ".pyd")
 
 
-def test_all_that_runs_in_a_schedulers_event_is_compiled_or_has_its_reason():
+def test_all_that_runs_in_an_event_of_scheduler_or_worker_is_compiled_or_has_its_reason():
     """Words, costs and plans, the protocol of a core (its error is a builtin's heir), the checks that tests make."""
-    listed = python(
-        "-X", "from_source", "-c",
-        "import sys, common.policy.scheduler; print(*(m for m in sys.modules if m.startswith('common.policy.')))",
-    )  # fmt: skip
+    script = """import sys, common.policy.scheduler, common.policy.decode_worker, common.policy.prefill_worker
+print(*(m for m in sys.modules if m.startswith('common.policy.')))"""
+    listed = python("-X", "from_source", "-c", script)
     runs = {name.removeprefix("common.policy.") for name in listed.split()}
     assert set(compiled.MODULES) <= runs
     assert runs - set(compiled.MODULES) == {
         *("core", "scheduler_config", "scheduler_io", "decisions", "spill_orders", "invariants"),
+        *("decode_events", "prefill_events", "words"),
         *("processors", "live_costs", "model_shapes", "sp_shares"),
         *("long_planner", "live_planner", "planned"),
     }
