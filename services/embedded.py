@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import ctypes
 import importlib.metadata
-import os
 import random
 import shutil
 import signal
@@ -26,9 +25,7 @@ START_S = 15.0
 STOP_S = 5.0
 TAIL_LINES = 12
 PR_SET_PDEATHSIG = 1
-NATS_CORES = "1"
-"""That a NATS beside all of its clients computes on. On two cores a second one hands each message from thread to thread
-and takes both cores from them (`python -m loadtest control`). An operator's GOMAXPROCS goes first."""
+YIELDING = Path(__file__).with_name("yielding.py")
 PORTS = range(20_000, 32_000)
 """Below those of outgoing connections (Linux: from 32,768; others: from 49,152)."""
 PORT_TRIES = 50
@@ -88,7 +85,7 @@ class EmbeddedServer:
                 lines.append(f"http: 127.0.0.1:{monitoring_port}")
             config = folder / "nats.conf"
             config.write_text("\n".join(lines) + "\n")
-            return [str(binary), "-c", str(config)]
+            return [sys.executable, "-I", "-S", str(YIELDING), str(binary), "-c", str(config)]
 
         return cls("nats-server", "nats", command, port, b"PING\r\n")
 
@@ -133,8 +130,7 @@ class EmbeddedServer:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,  # Ctrl-C is for us, so that roles can drain while the servers still run
-                env={"GOMAXPROCS": NATS_CORES, **os.environ},
-                preexec_fn=_before_it_starts(),
+                preexec_fn=_end_with_parent(),
             )
         try:
             await self._wait_until_it_answers()
@@ -241,17 +237,9 @@ def _binary(name: str, distribution: str) -> Path:
     )
 
 
-def _before_it_starts() -> Callable[[], None] | None:
-    """For the child to run before it becomes the server (Linux): end when the parent is gone, however it ended; and do
-    not push those off their core who have just written to it (`SCHED_BATCH`), but take what they all wrote once they
-    rest. On two cores that is the difference between a wake-up per message and one per handful."""
+def _end_with_parent() -> Callable[[], None] | None:
+    """For the child to run before it becomes the server (Linux): end when the parent is gone, however it ended."""
     if not sys.platform.startswith("linux"):
         return None
     libc = ctypes.CDLL(None)
-
-    def prepare() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        with contextlib.suppress(OSError):  # forbidden to some containers; then it is as any other process
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-    return prepare
+    return lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

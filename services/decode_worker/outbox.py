@@ -5,8 +5,8 @@ request, if it ends that (the scheduler is told of the end right after, and must
 waits for those of the next steps. The last message may be another worker's: a request's first token, from where its
 prompt was computed.
 
-What a token costs a router and its client is a share in a message, so a crowded batch gathers longer: a row each
-`ROW_S`, `GATHER_MAX_S` at most. A worker thus says 1 / `ROW_S` times a second that some row has gone on, however
+What a token costs a router and its client is a share in a message, so a crowded batch gathers longer: `ROW_S`
+for each row, `GATHER_MAX_S` at most. A worker thus says 1 / `ROW_S` times a second that some row has gone on, however
 many it has and however fast it steps; with steps slower than that nothing ever waits, but for a second token that
 follows the first as quickly.
 """

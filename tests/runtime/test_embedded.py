@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -81,3 +84,19 @@ async def test_the_payload_limit_is_the_servers() -> None:
         with pytest.raises(BusError, match="at most 1000"):
             await bus.publish("a", bytes(1_001))
         await bus.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="SCHED_BATCH and /proc are Linux's")
+def test_nats_yields_to_its_clients_whoever_starts_it(tmp_path: Path) -> None:
+    """`command_line` is what other supervisors run, so what it sets is in the command."""
+    with subprocess.Popen(EmbeddedServer.nats().command_line(tmp_path), stderr=subprocess.DEVNULL) as process:
+        about = Path(f"/proc/{process.pid}")
+        try:
+            give_up_s = time.monotonic() + 20
+            while (about / "comm").read_text().strip() != "nats-server" and time.monotonic() < give_up_s:
+                time.sleep(0.02)
+            assert os.sched_getscheduler(process.pid) == os.SCHED_BATCH
+            variables = (about / "environ").read_bytes().split(b"\0")
+            assert f"GOMAXPROCS={os.environ.get('GOMAXPROCS', '1')}".encode() in variables
+        finally:
+            process.kill()
