@@ -58,6 +58,17 @@ OtlpEndpoint = Annotated[
 ]
 
 
+CpuSlice = Annotated[
+    int,
+    Meta(
+        ge=0,
+        le=100,
+        description="length of this process's turns on a busy core (Linux): more requests per second where no engine "
+        "computes beside; 0: as the system does",
+    ),
+]
+
+
 class CommonSettings(Record, frozen=True, kw_only=True):
     """What every role needs."""
 
@@ -112,6 +123,7 @@ class RouterSettings(ModelSettings, frozen=True, kw_only=True):
         Wait, Meta(description="at a stop, how long requests on connections that are open already are still taken")
     ] = 0.5
     otlp_endpoint: OtlpEndpoint = ""
+    cpu_slice_ms: CpuSlice = 0
     log_prompts: Annotated[bool, Meta(description="log what clients send, with the request's id")] = False
     drain_s: Annotated[
         Duration, Meta(description="at a stop, how long running requests may take before their clients get an error")
@@ -122,6 +134,7 @@ class SchedulerSettings(CommonSettings, frozen=True, kw_only=True):
     metrics_host: MetricsHost = "127.0.0.1"
     metrics_port: MetricsPort = 0
     otlp_endpoint: OtlpEndpoint = ""
+    cpu_slice_ms: CpuSlice = 0
     policy: Annotated[
         PolicyName, Meta(description="who runs when: PecSched, or one of the policies it is compared with")
     ] = "pecsched"
@@ -250,7 +263,11 @@ class DecodeWorkerSettings(WorkerSettings, frozen=True, kw_only=True):
     rows_max: Annotated[Count, Meta(description="sequences in one decode batch")] = 32
     expect_s: Annotated[Duration, Meta(description="how long KV stays reserved for a prompt that does not come")] = 30.0
     token_gather_ms: Annotated[
-        Wait, Meta(description="tokens of steps that follow each other faster than this share a message to a router")
+        Wait,
+        Meta(
+            description="tokens of steps that follow each other faster share a message to a router (with several "
+            "rows: 4 ms a row, to 20); 0: none do"
+        ),
     ] = 5.0
     decode_nice: Annotated[
         int, Meta(ge=0, le=19, description="niceness of the thread that decodes (CPU): prompts come first")

@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 import uvloop
 
+from common.runtime.process import turns
 from common.runtime.supervisor import Supervisor
 from common.settings import RouterSettings
 from loadtest import report
@@ -76,6 +77,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decode-workers", type=positive, default=options.sizes.decode, help="[8]")
     parser.add_argument("--streams", type=positive, default=options.streams, help="at once, in the last phase [1000]")
     parser.add_argument("--seconds", type=rate, default=options.seconds, help="of each level and phase [6]")
+    slice_help = f"of turns on shared cores; 0: as the system does [{options.sizes.cpu_slice_ms}]"
+    parser.add_argument("--cpu-slice-ms", type=not_negative, default=options.sizes.cpu_slice_ms, help=slice_help)
     parser.add_argument("--levels", type=_levels, default=options.levels, metavar="N,N", help="clients, in turn")
 
 
@@ -92,14 +95,19 @@ def run_flags(flags: argparse.Namespace) -> dict[str, Any]:
             streams=flags.streams,
             seconds=flags.seconds,
             levels=flags.levels,
-            sizes=Sizes(routers=flags.routers, prefill=flags.prefill_workers, decode=flags.decode_workers),
+            sizes=Sizes(
+                routers=flags.routers,
+                prefill=flags.prefill_workers,
+                decode=flags.decode_workers,
+                cpu_slice_ms=flags.cpu_slice_ms,
+            ),
         )
     )
 
 
 def run(options: ControlOptions) -> dict[str, Any]:
     """Raises: PecSchedError."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with turns(options.sizes.cpu_slice_ms), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_run(options))
 
 

@@ -24,6 +24,8 @@ READY_POLL_S = 0.1
 STOP_S = 10.0
 ASK_S = 5.0
 REQUESTS_MAX = "100000"
+CPU_SLICE_MS = 20 if sys.platform == "linux" else 0
+"""Nothing computes here beside the control plane: its processes need not push each other off the cores they share."""
 MIB = 1024 * 1024
 
 
@@ -36,6 +38,8 @@ class Sizes:
     decode: int = 8
     rows: int = 128
     """Of each decode worker."""
+    cpu_slice_ms: int = CPU_SLICE_MS
+    """Of all processes but Redis, the client included; 0: as the system does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +69,18 @@ async def control_cluster(sizes: Sizes, say: Say) -> AsyncIterator[Cluster]:
     """For the length of the block. Raises: StartupError."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pecsched-control-")))
-        nats = await stack.enter_async_context(EmbeddedServer.nats())
+        nats = await stack.enter_async_context(EmbeddedServer.nats(slice_ms=sizes.cpu_slice_ms))
         redis = await stack.enter_async_context(EmbeddedServer.redis())
         children = await stack.enter_async_context(Children(say, restarts_max=0))
-        servers = ("--nats-url", nats.url, "--redis-url", redis.url, "--log-level", "warning")
+        servers = ("--nats-url", nats.url, "--redis-url", redis.url)
+        common = (*servers, "--log-level", "warning", "--cpu-slice-ms", str(sizes.cpu_slice_ms))
         ports = [free_port() for _ in range(sizes.routers)]
         urls = tuple(f"http://127.0.0.1:{port}" for port in ports)
         commands: dict[str, tuple[str, ...]] = {
-            "scheduler": ("services.cli", "scheduler", *servers),
-            "workers": ("loadtest.control_workers", *servers, *_workers_flags(sizes)),
+            "scheduler": ("services.cli", "scheduler", *common),
+            "workers": ("loadtest.control_workers", *common, *_workers_flags(sizes)),
             **{
-                f"router-{i}": ("services.cli", "router", *servers, "--port", str(port), "--requests-max", REQUESTS_MAX)
+                f"router-{i}": ("services.cli", "router", *common, "--port", str(port), "--requests-max", REQUESTS_MAX)
                 for i, port in enumerate(ports)
             },
         }

@@ -18,7 +18,7 @@ from common.runtime.bus import Bus
 from common.runtime.process import run_role
 from common.runtime.store import Store
 from common.runtime.supervisor import Supervisor
-from common.settings import CommonSettings, Count, DecodeWorkerSettings, PrefillWorkerSettings
+from common.settings import CommonSettings, Count, CpuSlice, DecodeWorkerSettings, PrefillWorkerSettings
 from common.settings_loader import load
 from services.decode_worker.service import DecodeWorker
 from services.engine.timed_decode import TimedDecodeEngine
@@ -36,6 +36,7 @@ KV_CAPACITY_TOKENS = 262_144
 class ControlWorkersSettings(CommonSettings, frozen=True, kw_only=True):
     prefill: Annotated[Count, Meta(description="prefill workers")] = 56
     decode: Annotated[Count, Meta(description="decode workers")] = 8
+    cpu_slice_ms: CpuSlice = 0
     rows: Annotated[Count, Meta(description="sequences in the batch of each decode worker")] = 128
 
 
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
     async def start(bus: Bus, store: Store, stop: asyncio.Event) -> None:
         await serve(settings, bus, store, stop)
 
-    return run_role("timed-workers", settings, start)
+    return run_role("timed-workers", settings, start, cpu_slice_ms=settings.cpu_slice_ms)
 
 
 async def serve(settings: ControlWorkersSettings, bus: Bus, store: Store, stop: asyncio.Event) -> None:

@@ -19,13 +19,13 @@ from pathlib import Path
 from types import TracebackType
 
 from common.errors import StartupError
+from common.runtime import turns
 
 NATS_MAX_PAYLOAD = 1024 * 1024
 START_S = 15.0
 STOP_S = 5.0
 TAIL_LINES = 12
 PR_SET_PDEATHSIG = 1
-YIELDING = Path(__file__).with_name("yielding.py")
 PORTS = range(20_000, 32_000)
 """Below those of outgoing connections (Linux: from 32,768; others: from 49,152)."""
 PORT_TRIES = 50
@@ -73,9 +73,15 @@ class EmbeddedServer:
 
     @classmethod
     def nats(
-        cls, *, port: int = 0, max_payload: int = NATS_MAX_PAYLOAD, monitoring_port: int | None = None
+        cls,
+        *,
+        port: int = 0,
+        max_payload: int = NATS_MAX_PAYLOAD,
+        monitoring_port: int | None = None,
+        slice_ms: int = 0,
     ) -> EmbeddedServer:
-        """A NATS server, without JetStream. `port` 0: any free one. Raises: StartupError."""
+        """A NATS server, without JetStream, that pushes nobody off their core (`turns.py`). `port` 0: any free one.
+        `slice_ms`: of its turns; 0: the system's. Raises: StartupError."""
         binary = nats_server_path()
         port = port or free_port()
 
@@ -85,7 +91,7 @@ class EmbeddedServer:
                 lines.append(f"http: 127.0.0.1:{monitoring_port}")
             config = folder / "nats.conf"
             config.write_text("\n".join(lines) + "\n")
-            return [sys.executable, "-I", "-S", str(YIELDING), str(binary), "-c", str(config)]
+            return [sys.executable, "-I", "-S", turns.__file__, str(slice_ms), str(binary), "-c", str(config)]
 
         return cls("nats-server", "nats", command, port, b"PING\r\n")
 

@@ -9,8 +9,15 @@ import asyncio
 import gc
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import (
+    AbstractContextManager,
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +34,7 @@ from common.runtime.lease import LeaseLost
 from common.runtime.store import Store, StoreError
 from common.runtime.store_redis import RedisStore, connect_redis
 from common.runtime.supervisor import Supervisor
+from common.runtime.turns import long_turns
 from common.settings import CommonSettings
 
 Start = Callable[[Bus, Store, asyncio.Event], Awaitable[None]]
@@ -56,16 +64,18 @@ def run_role(
     metrics: Metrics | None = None,
     scrape: ScrapeAddress = NOWHERE,
     patience_s: float = 5.0,
+    cpu_slice_ms: int = 0,
 ) -> int:
     """Connect bus and store (trying for `patience_s`), run `start(bus, store, stop)` to its end, close both.
 
     `start` returns when `stop` was set and it has drained. `metrics`: of this process, answered to who scrapes at
-    `scrape` from the first moment on. Returns the exit status; raises nothing.
+    `scrape` from the first moment on. `cpu_slice_ms`: of its turns (`turns.py`). Returns the exit
+    status; raises nothing.
     """
     logs.setup(name, level=settings.log_level, as_json=settings.log_json)
     measured = Metrics(name) if metrics is None else metrics
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with turns(cpu_slice_ms), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(name, settings, start, measured, scrape, patience_s))
     except StartupError as error:
         sys.stderr.write(f"pecsched {name}: {error}\n")
@@ -81,6 +91,18 @@ def run_role(
         log.exception("ended by an error")
         return EXIT_FAILED
     return EXIT_OK
+
+
+@contextmanager
+def turns(slice_ms: int) -> Iterator[None]:
+    """`long_turns` at an operator's wish. Raises: StartupError, one line with the flag to leave."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(long_turns(slice_ms))
+        except OSError as error:
+            reason = error.strerror or error
+            raise StartupError(f"cannot take turns of {slice_ms} ms: {reason}; leave --cpu-slice-ms at 0") from error
+        yield
 
 
 async def _serve(

@@ -20,7 +20,7 @@ import msgspec
 from common.messages.requests import TokenChunk, TokensGenerated
 from common.units import RequestId, RouterId
 
-ROW_S = 0.001
+ROW_S = 0.004
 GATHER_MAX_S = 0.020
 """Text that grows fifty times a second is as smooth as a screen shows it."""
 

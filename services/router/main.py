@@ -44,7 +44,7 @@ def main(settings: RouterSettings) -> int:
                 router = Router(settings, bus, store, text, metrics=metrics, tracer=tracer)
                 await serve(router, listener, stop)
 
-    return run_role(ROLE, settings, start, metrics=metrics)
+    return run_role(ROLE, settings, start, metrics=metrics, cpu_slice_ms=settings.cpu_slice_ms)
 
 
 def load_text(settings: RouterSettings) -> ModelText:

@@ -36,4 +36,4 @@ def main(settings: SchedulerSettings) -> int:
             await serve_until(stop, service)
 
     scrape = ScrapeAddress(settings.metrics_host, settings.metrics_port)
-    return run_role(ROLE, settings, start, metrics=metrics, scrape=scrape)
+    return run_role(ROLE, settings, start, metrics=metrics, scrape=scrape, cpu_slice_ms=settings.cpu_slice_ms)
