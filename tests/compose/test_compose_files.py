@@ -254,6 +254,7 @@ def test_the_build_takes_the_packages_and_nothing_else() -> None:
     copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (FOLDER / "Dockerfile").read_text(), re.MULTILINE)
     assert taken == {name for line in copied for name in line.split()}
     assert all((ROOT / name).exists() for name in taken)
+    assert "**/_compiled*" in ignored, "cores compiled on this machine are for its Python and its C library"
 
 
 def test_settings_of_compose_itself_are_not_taken_for_settings_of_a_role() -> None:
