@@ -4,8 +4,9 @@
     locust -f loadtest/locustfile.py --headless --trace conv.csv --trace-rate-scale 0.1 --user-rps 0.2
     locust -f loadtest/locustfile.py --host http://127.0.0.1:8000 --nats-url nats://127.0.0.1:4222     (a web page)
 
-Without `--host` and `--nats-url` they ask the `pecsched serve` that runs here. What the statistics mean:
-`loadtest/locust_users/users.py`; all arguments: `locust -f loadtest/locustfile.py --help`.
+Without `-u` there are 8 users, half over each. Without `--host` and `--nats-url` they ask the `pecsched serve` that
+runs here. What the statistics mean: `loadtest/locust_users/users.py`; all arguments:
+`locust -f loadtest/locustfile.py --help`.
 """
 
 from __future__ import annotations

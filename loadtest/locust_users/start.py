@@ -26,6 +26,10 @@ from services.run_file import find_running
 DESCRIBED_S = 10.0
 
 
+USERS = 8
+SPAWN_PER_S = 4.0
+
+
 class LoadError(PecSchedError):
     """The load test cannot begin. Its text is one line."""
 
@@ -51,6 +55,8 @@ def _prepare(environment: Environment, options: Options) -> None:
     wanted = weigh(environment, options)
     if options.trace:
         shape_of(environment, options)
+    else:
+        crowd(environment)
     if isinstance(environment.runner, MasterRunner):
         return  # its workers ask
     contexts = []
@@ -81,6 +87,16 @@ def weigh(environment: Environment, options: Options) -> list[type[PromptUser]]:
         kind.tasks = list(tasks)
     environment.user_classes[:] = list(wanted)
     return wanted
+
+
+def crowd(environment: Environment) -> None:
+    """Where nobody says how many users, there are some of each kind: locust's own one would be of one kind only."""
+    said = environment.parsed_options
+    assert said is not None
+    if said.num_users is None:
+        said.num_users = USERS
+    if said.spawn_rate is None:
+        said.spawn_rate = SPAWN_PER_S
 
 
 def shape_of(environment: Environment, options: Options) -> None:

@@ -91,3 +91,17 @@ short.get_run_time = lambda: 6.0
 print(short.tick())
 """
     assert output_of(script) == ["[4, 4, 1, 20]", "(4, 4.0)", "(20, 20.0)", "None", "None"]
+
+
+def test_without_a_number_there_are_users_of_both_kinds() -> None:
+    """Locust's own default is one user, who would be of one kind only."""
+    script = """
+from argparse import Namespace
+from locust.env import Environment
+from loadtest.locust_users.start import crowd
+for num_users, spawn_rate in ((None, None), (1, None), (3, 2.0)):
+    said = Namespace(num_users=num_users, spawn_rate=spawn_rate)
+    crowd(Environment(parsed_options=said))
+    print((said.num_users, said.spawn_rate))
+"""
+    assert output_of(script) == ["(8, 4.0)", "(1, 4.0)", "(3, 2.0)"]
