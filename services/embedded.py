@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import ctypes
 import importlib.metadata
+import os
 import random
 import shutil
 import signal
@@ -91,7 +92,10 @@ class EmbeddedServer:
                 lines.append(f"http: 127.0.0.1:{monitoring_port}")
             config = folder / "nats.conf"
             config.write_text("\n".join(lines) + "\n")
-            return [sys.executable, "-I", "-S", turns.__file__, str(slice_ms), str(binary), "-c", str(config)]
+            # On two cores, Go hands each message from thread to thread and takes both from the clients.
+            cores = os.environ.get("GOMAXPROCS", "1")
+            yielding = [sys.executable, "-I", "-S", turns.__file__, str(slice_ms)]
+            return ["/usr/bin/env", f"GOMAXPROCS={cores}", *yielding, str(binary), "-c", str(config)]
 
         return cls("nats-server", "nats", command, port, b"PING\r\n")
 

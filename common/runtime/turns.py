@@ -6,7 +6,7 @@ by then what several have sent; with longer turns (a custom slice, Linux 6.12 an
 cut short. More gets done on cores that are all busy; where one is free nothing waits. Not for a process beside an
 engine that computes: it must be heard at once, for a pause.
 
-Also a program that becomes another, `python turns.py SLICE_MS COMMAND …`, for a NATS beside its clients: run by path
+Also a program that becomes another, `python turns.py SLICE_MS COMMAND …`, for a server beside its clients: run by path
 with `-I -S`, as `launch.py`; what it sets survives the exec, and so does the id.
 """
 
@@ -59,19 +59,14 @@ def _schedule(policy: int, slice_ms: int) -> None:
         raise OSError(error, os.strerror(error))
 
 
-def main(arguments: list[str]) -> int:
-    slice_ms, *command = arguments
-    # On two cores, Go hands each message from thread to thread and takes both from its clients. An operator's own goes
-    # first.
-    os.environ.setdefault("GOMAXPROCS", "1")
+def main(slice_ms: str, *command: str) -> None:
     with contextlib.suppress(OSError):  # forbidden to some containers; then it runs as any other process
         take_turns(int(slice_ms))
     try:
         os.execvp(command[0], command)
     except OSError as error:
-        sys.stderr.write(f"{command[0]}: {error.strerror}\n")
-        return 127
+        sys.exit(f"{command[0]}: {error.strerror}")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(*sys.argv[1:])
